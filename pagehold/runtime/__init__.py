@@ -1,0 +1,1 @@
+"""What every Pagehold process has: settings, logs, a state folder, a progress file, failpoints."""

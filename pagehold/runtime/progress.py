@@ -1,0 +1,92 @@
+"""`<component>.progress`: what a supervisor and `pagehold status` watch, without asking anybody.
+
+Eight u64 words, written by the component alone; each changes by one aligned store.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+_WORDS: Final = 8
+_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED = range(6)
+
+
+class State(IntEnum):
+    DOWN = 0
+    STARTING = 1
+    READY = 2
+    DRAINING = 3
+    STANDBY = 4
+    STALLED = 5
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressView:
+    pid: int
+    state: State
+    turn: int
+    deadline_ns: int  # CLOCK_MONOTONIC, of the next turn; 0: idle
+    started_ns: int  # CLOCK_MONOTONIC
+    committed: int  # tokens committed in this life; only the executor counts
+
+    @property
+    def overdue(self) -> bool:
+        return self.deadline_ns != 0 and time.monotonic_ns() > self.deadline_ns
+
+
+class Progress:
+    """The component's own side."""
+
+    def __init__(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, _WORDS * 8)
+            self._map = mmap.mmap(fd, _WORDS * 8)
+        finally:
+            os.close(fd)
+        self._words = np.frombuffer(self._map, np.uint64)
+        self._words[_STATE] = int(State.DOWN)
+        self._words[_DEADLINE] = 0
+        self._words[_TURN] = 0
+        self._words[_COMMITTED] = 0
+        self._words[_STARTED] = time.monotonic_ns()
+        self._words[_PID] = os.getpid()
+        self._words[_STATE] = int(State.STARTING)
+
+    def set_state(self, state: State) -> None:
+        self._words[_STATE] = int(state)
+
+    def begin_turn(self, seconds: float) -> None:
+        """A turn that must end within `seconds`, else the component counts as hung."""
+        self._words[_DEADLINE] = time.monotonic_ns() + int(seconds * 1e9)
+
+    def end_turn(self, committed: int = 0) -> None:
+        """The turn is done; the component is idle until the next one begins."""
+        if committed:
+            self._words[_COMMITTED] += np.uint64(committed)
+        self._words[_TURN] += np.uint64(1)
+        self._words[_DEADLINE] = 0
+
+
+def read_progress(path: Path) -> ProgressView | None:
+    """None when the component never ran here. A dead pid is the caller's to find out."""
+    try:
+        words = np.fromfile(path, np.uint64, _WORDS)
+    except FileNotFoundError:
+        return None
+    if len(words) < _WORDS:
+        return None
+    pid, state, turn, deadline, started, committed = (int(word) for word in words[:6])
+    return ProgressView(pid, State(state), turn, deadline, started, committed)

@@ -1,0 +1,81 @@
+"""Settings of every process: from flags, then `PAGEHOLD_…` in the environment, then a file.
+
+Each default is stated once, here. A component's settings name only what it reads.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pagehold.runtime.statedir import default_state_dir
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_bytes(value: object) -> object:
+    """`4GiB`, `512M`, `65536`: binary units. Anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError("want a size such as 4GiB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Dtype = Literal["bfloat16", "float32"]
+
+
+class ComponentSettings(BaseSettings):
+    """What all components share."""
+
+    model_config = SettingsConfigDict(env_prefix="PAGEHOLD_", extra="ignore")
+
+    state_dir: Path = Field(default_factory=default_state_dir, description="folder of the shared files and sockets")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    failpoints: str = Field("", description="faults to arm, for tests; see docs/guarantees.md")
+
+
+class KvManagerSettings(ComponentSettings):
+    """The owner of the page pool."""
+
+    discard: bool = Field(False, description="drop shared state that cannot be adopted and start afresh")
+    record_ttl: float = Field(600.0, gt=0, description="seconds that an ended request can still be resumed")
+    record_quota: Bytes = Field(1 << 30, gt=0, description="bytes that request records and logs may take")
+
+
+class ExecutorSettings(ComponentSettings):
+    """The process that runs the model."""
+
+    model: str | None = Field(None, description="folder, .gguf file or hub id; default: the model of the demo extra")
+    served_model_name: str | None = Field(None, description="name that clients use; default: the model's own")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    runner: Literal["auto", "reference"] = Field("auto", description="reference: torch, slow, for tests")
+    dtype: Dtype = Field("bfloat16", description="arithmetic of the model")
+    kv_dtype: Dtype | None = Field(None, description="element type of the pages; default: the dtype")
+    page_size: int = Field(16, ge=8, le=128, description="tokens in a page")
+    kv_memory: Bytes | None = Field(None, gt=0, description="size of the page pool, such as 2GiB")
+    memory_fraction: float = Field(0.90, gt=0, le=1, description="of the free memory that --kv-memory may take")
+    max_model_len: int | None = Field(None, gt=0, description="tokens, prompt and answer; default: the model's")
+    max_num_seqs: int = Field(128, ge=1, le=4096, description="sequences that run at once")
+    max_batch_tokens: int = Field(512, ge=16, description="tokens computed in one step")
+    prefix_cache: bool = Field(True, description="share pages of equal prefixes")
+    threads: int | None = Field(None, ge=1, description="compute threads; default: the processors of this process")
+    cpu_isa: Literal["portable", "avx2", "avx512bf16"] | None = Field(None, description="forces an instruction set")
+
+
+class FrontendSettings(ComponentSettings):
+    """The public gRPC server."""
+
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT of the public services")
+    executor: str | None = Field(None, description="unix:PATH or HOST:PORT; default: the socket in the state folder")
+    max_streams: int = Field(1024, ge=1, description="client streams open at once")
+    max_message_bytes: Bytes = Field(16 << 20, description="largest message accepted from a client")
+    max_stream_buffer: int = Field(4096, ge=64, description="tokens held for a client that does not read")
+    reflection: bool = Field(True, description="answer gRPC server reflection")
+    drain_grace: float = Field(25.0, ge=0, description="seconds that open streams get on shutdown")

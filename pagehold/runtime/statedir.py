@@ -1,0 +1,88 @@
+"""The state folder: one place for the names of everything in it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class StateDirError(Exception):
+    """The state folder cannot be used; the message says what to do."""
+
+
+def default_state_dir() -> Path:
+    return Path(f"/dev/shm/pagehold-{os.getuid()}")
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """Paths of the shared files, locks and sockets; see docs/lifecycle.md."""
+
+    root: Path
+
+    @classmethod
+    def prepare(cls, root: Path) -> StateDir:
+        """Makes the folder (mode 0700) or takes an existing one that belongs to this user."""
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateDirError(f"cannot make the state folder {root}: {error.strerror}; choose another --state-dir") from error
+        if root.stat().st_uid != os.getuid():
+            raise StateDirError(f"the state folder {root} belongs to another user; choose another --state-dir")
+        state = cls(root)
+        state.records.mkdir(mode=0o700, exist_ok=True)
+        return state
+
+    @property
+    def tables(self) -> Path:
+        return self.root / "tables"
+
+    @property
+    def pool(self) -> Path:
+        return self.root / "pool"
+
+    @property
+    def records(self) -> Path:
+        """Folder of `<key>.req` and `<key>.log`."""
+        return self.root / "records"
+
+    @property
+    def manager_lock(self) -> Path:
+        return self.root / "manager.lock"
+
+    @property
+    def executor_lock(self) -> Path:
+        return self.root / "executor.lock"
+
+    @property
+    def kvmanager_socket(self) -> Path:
+        return self.root / "kvmanager.sock"
+
+    @property
+    def executor_socket(self) -> Path:
+        return self.root / "executor.sock"
+
+    @property
+    def supervisor_socket(self) -> Path:
+        return self.root / "supervisor.sock"
+
+    def progress(self, component: str) -> Path:
+        return self.root / f"{component}.progress"
+
+    def remove(self) -> None:
+        """Deletes what Pagehold put there. Only for `pagehold up`, after its children are gone."""
+        for path in sorted(self.records.glob("*.req")) + sorted(self.records.glob("*.log")):
+            path.unlink(missing_ok=True)
+        if self.records.is_dir():
+            for path in self.records.iterdir():
+                path.unlink(missing_ok=True)
+            self.records.rmdir()
+        named = (self.tables, self.pool, self.manager_lock, self.executor_lock)
+        sockets = (self.kvmanager_socket, self.executor_socket, self.supervisor_socket)
+        for path in (*named, *sockets, *self.root.glob("*.progress")):
+            path.unlink(missing_ok=True)
+        try:
+            self.root.rmdir()
+        except OSError:
+            pass  # the operator keeps something of their own there

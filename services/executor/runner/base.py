@@ -1,0 +1,94 @@
+"""What the executor asks of a device: run one step over sequences whose K/V live in pages.
+
+A runner never touches progress words, rows or records: it reads tokens and block tables
+in place, writes K/V into pages, and returns the sampled tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from kvmanager.layout import F32, U32, U64
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Resolved: every default is filled in. Filters are off at the value named."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Never sampled while the output has fewer than `min_tokens` tokens.
+    suppressed: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: bool = False
+
+
+@dataclass(slots=True)
+class Lane:
+    """One sequence as a runner sees it; lives as long as the sequence is scheduled.
+
+    `row` is the block table: u64 entries, page id in the low half. `device` is the
+    runner's own: what it prepared once for this lane (`Runner.prepare`).
+    """
+
+    tokens: U32  # [capacity], token at each position, prompt included
+    prompt_length: int
+    index: int  # of the output, part of the noise counter
+    sampling: SamplingParams
+    row: U64 | None = None  # [entries]
+    device: object = field(default=None)
+
+
+class Chunk(NamedTuple):
+    """Positions [start, start + count) of a lane, computed in one step."""
+
+    lane: Lane
+    start: int
+    count: int
+    write_from: int  # K/V is written only at positions >= this
+    sample: bool  # sample the token at position start + count
+
+
+class StepResult(NamedTuple):
+    tokens: U32  # [chunks]; 0 where nothing was sampled
+    logprobs: F32  # [chunks]; log-probability of the token before temperature and filters
+
+
+class Runner(ABC):
+    """A device that can run steps. One thread calls it."""
+
+    deterministic: bool  # a row's result does not depend on its batch or chunking
+
+    @abstractmethod
+    def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
+        """Gives the runner the pages. Called once, before the first step.
+
+        pool: [pages][layer][k, v][kv_head][token][head_dim] in the runner's K/V dtype.
+        """
+
+    @abstractmethod
+    def prepare(self, lane: Lane) -> None:
+        """Sets `lane.device`; again whenever `lane.row` has changed."""
+
+    @abstractmethod
+    def step(self, chunks: list[Chunk]) -> StepResult:
+        """Computes all chunks. Every page they touch is in their rows."""
+
+    def logits(self, chunks: list[Chunk]) -> np.ndarray:
+        """As `step`, but returns float32 [all positions of all chunks, vocab]: for tests."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stops threads and unmaps weights."""

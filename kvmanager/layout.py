@@ -26,6 +26,7 @@ store. Structured dtypes are not used: their assignments tear.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -288,3 +289,33 @@ class RequestLog:
             output.tokens[: len(prompt)] = prompt
             output.set_progress(0, len(prompt))
         return log
+
+
+def request_key(tenant: str, request_id: str) -> str:
+    """The name of a request's files: 128 bits of SHA-256, in hex."""
+    return hashlib.sha256(f"{tenant}\0{request_id}".encode()).digest()[:16].hex()
+
+
+def key_words(key: str) -> tuple[int, int]:
+    """The two words of `row_key` for a key in hex."""
+    raw = bytes.fromhex(key)
+    return int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
+
+
+def words_key(words: U64) -> str:
+    """The key in hex for the two words of `row_key`."""
+    return words.astype("<u8").tobytes().hex()
+
+
+def usable_computed(tables: Tables, row: int, progress_computed: int) -> int:
+    """How far a row's K/V can be trusted, in tokens: what successors, sealing and fsck go by.
+
+    min(max(computed, page_size x leading sealed or `none` entries), page_size x entries).
+    """
+    page_size = tables.page_tokens.shape[1]
+    length = int(tables.row_length[row])
+    pages = (tables.row_entry[row, :length] & np.uint64(LOW32)).astype(np.int64)
+    states = tables.page_word[pages] & np.uint64(0xFF)
+    settled = (pages == NO_PAGE) | (states == np.uint64(PageState.SEALED))
+    leading = int(np.argmin(settled)) if not settled.all() else length
+    return min(max(progress_computed, page_size * leading), page_size * length)

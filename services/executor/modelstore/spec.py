@@ -44,7 +44,7 @@ class DecoderSpec:
     def inverse_frequencies(self) -> F32:
         """float32 [head_dim / 2], as transformers computes them (`modeling_rope_utils`)."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        inverse = (1.0 / np.power(np.float32(self.rope_theta), exponents)).astype(np.float32)
+        inverse: F32 = (1.0 / np.power(np.float32(self.rope_theta), exponents)).astype(np.float32)
         scaling = self.rope_scaling
         if scaling is None:
             return inverse
@@ -56,4 +56,5 @@ class DecoderSpec:
         )
         blended = (1 - smooth) * inverse / scaling.factor + smooth * inverse
         scaled = np.where(wavelength > low, inverse / scaling.factor, blended)
-        return np.where(wavelength < high, inverse, scaled).astype(np.float32)
+        result: F32 = np.where(wavelength < high, inverse, scaled).astype(np.float32)
+        return result

@@ -1,0 +1,1 @@
+"""One interface, `Runner.step(batch) -> result`, and the devices behind it."""

@@ -1,0 +1,148 @@
+"""A converted model in its folder: one file of aligned weights, and what describes it.
+
+weights.bin           the tensors, each at a multiple of 4096 bytes, mapped read-only
+model.json            format version, decoder description, tensor table, token ids, fingerprint
+tokenizer.json        as the `tokenizers` library reads it
+chat_template.jinja   absent when the model has none
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from services.executor.modelstore.errors import ModelError
+from services.executor.modelstore.spec import DecoderSpec, Llama3RopeScaling
+
+FORMAT_VERSION: Final = 1
+ALIGNMENT: Final = 4096
+WEIGHTS_FILE: Final = "weights.bin"
+MODEL_FILE: Final = "model.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
+TEMPLATE_FILE: Final = "chat_template.jinja"
+
+
+class TensorKind(StrEnum):
+    PACKED = "packed"  # bfloat16 panels of `kernels.cpu.packing.pack_linear`
+    GATE_UP = "gate_up"  # bfloat16 panels of `kernels.cpu.packing.pack_gate_up`
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"  # row-major
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where a tensor lies in `weights.bin`."""
+
+    offset: int  # bytes
+    nbytes: int
+    shape: tuple[int, ...]  # logical: [rows, columns] without the padding of panels
+    kind: TensorKind
+
+
+@dataclass(frozen=True, slots=True)
+class PackedModel:
+    """An opened model. The weights are mapped, not read."""
+
+    folder: Path
+    name: str
+    spec: DecoderSpec
+    weights: np.memmap[Any, np.dtype[np.uint8]]
+    tensors: dict[str, Tensor]
+    fingerprint: str  # hex SHA-256 of weights, tokenizer and description
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    add_bos_token: bool  # encode without special tokens, then put the bos token in front
+    special_tokens: dict[str, str]
+    chat_template: str  # empty: none
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        return (self.folder / TOKENIZER_FILE).read_bytes()
+
+    def view(self, name: str) -> npt.NDArray[np.generic]:
+        """One tensor in place: uint16 for bfloat16 kinds (flat when packed), float32 otherwise."""
+        tensor = self.tensors[name]
+        raw = self.weights[tensor.offset : tensor.offset + tensor.nbytes]
+        if tensor.kind is TensorKind.FLOAT32:
+            return raw.view(np.float32).reshape(tensor.shape)
+        if tensor.kind is TensorKind.BFLOAT16:
+            return raw.view(np.uint16).reshape(tensor.shape)
+        return raw.view(np.uint16)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The contents of `model.json`."""
+
+    name: str
+    source: str  # for people: where the model came from
+    fingerprint: str
+    spec: DecoderSpec
+    tensors: dict[str, Tensor]
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    add_bos_token: bool
+    special_tokens: dict[str, str]
+    weights_bytes: int
+    tokenizer_bytes: int
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Description:
+        """Raises ValueError, KeyError or TypeError on anything but what `to_json` of this version wrote."""
+        data = json.loads(text)
+        if data.pop("format") != FORMAT_VERSION:
+            raise ValueError("written by another version")
+        if set(data) != {field.name for field in fields(cls)}:
+            raise ValueError("fields are missing or unknown")
+        spec = data["spec"]
+        if spec["rope_scaling"] is not None:
+            spec["rope_scaling"] = Llama3RopeScaling(**spec["rope_scaling"])
+        data["spec"] = DecoderSpec(**spec)
+        data["tensors"] = {
+            name: Tensor(entry["offset"], entry["nbytes"], tuple(entry["shape"]), TensorKind(entry["kind"]))
+            for name, entry in data["tensors"].items()
+        }
+        data["eos_token_ids"] = tuple(data["eos_token_ids"])
+        return cls(**data)
+
+
+def open_packed(folder: Path) -> PackedModel:
+    """Maps a converted model.
+
+    Raises FileNotFoundError when there is none, ModelError when it is damaged or of another version.
+    """
+    data = (folder / MODEL_FILE).read_bytes()
+    try:
+        description = Description.from_json(data.decode("utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / MODEL_FILE} is damaged or of another version: {error}") from error
+    for name, wanted in ((WEIGHTS_FILE, description.weights_bytes), (TOKENIZER_FILE, description.tokenizer_bytes)):
+        size = (folder / name).stat().st_size
+        if size != wanted:
+            raise ModelError(f"{folder / name} is damaged: it has {size} bytes instead of {wanted}")
+    end = max(tensor.offset + tensor.nbytes for tensor in description.tensors.values())
+    if end > description.weights_bytes:
+        raise ModelError(f"{folder / MODEL_FILE} is damaged: a tensor ends beyond {WEIGHTS_FILE}")
+    template = folder / TEMPLATE_FILE
+    return PackedModel(
+        folder=folder,
+        name=description.name,
+        spec=description.spec,
+        weights=np.memmap(folder / WEIGHTS_FILE, np.uint8, "r"),
+        tensors=description.tensors,
+        fingerprint=description.fingerprint,
+        eos_token_ids=description.eos_token_ids,
+        bos_token_id=description.bos_token_id,
+        add_bos_token=description.add_bos_token,
+        special_tokens=description.special_tokens,
+        chat_template=template.read_text("utf-8") if template.exists() else "",
+    )

@@ -1,0 +1,128 @@
+"""Tokens to the frontends: for each connection one message a step, made from the logs.
+
+There is no queue of tokens: a stream's position is a cursor over the log. A connection whose
+last messages are not yet written is left out of a step, and its cursors catch up later, so
+what is held for a slow frontend stays bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from pagehold.executor.v1 import executor_pb2 as ex
+from pagehold.runtime import failpoint
+from services.executor.sequence import Phase, Request, Sequence
+
+_MOST_IN_FLIGHT: Final = 4  # messages handed to a connection's writer and not yet written
+_MOST_TOKENS: Final = 65536  # in one message, so that a resumed crowd stays below the message limit
+
+
+class Connection:
+    """A frontend's stream. Made on the event loop; `offer` is called by the step thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_written: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_written = on_written
+        self._queue: asyncio.Queue[ex.ConnectResponse] = asyncio.Queue()
+        self._in_flight = 0
+        self.streams: dict[int, Request] = {}  # by stream id; the step thread's
+        self.outbox = ex.ConnectResponse()  # answers that are not tokens; the step thread's
+        self.dirty: dict[Sequence, None] = {}  # have tokens or an end to send, in order
+        self.closed = False
+
+    @property
+    def has_room(self) -> bool:
+        return self._in_flight < _MOST_IN_FLIGHT
+
+    def offer(self, message: ex.ConnectResponse) -> None:
+        self._in_flight += 1
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
+
+    async def take(self) -> ex.ConnectResponse:
+        """The next message for the writer, which calls `written` after it."""
+        return await self._queue.get()
+
+    def written(self) -> None:
+        self._in_flight -= 1
+        if self._in_flight == _MOST_IN_FLIGHT - 1:
+            self._on_written()
+
+
+def attach(request: Request, connection: Connection, stream_id: int) -> None:
+    """The newest stream wins; the older one is told and detaches nothing."""
+    previous = request.connection
+    if previous is not None and (previous is not connection or request.stream_id != stream_id):
+        previous.streams.pop(request.stream_id, None)
+        for sequence in request.sequences:
+            previous.dirty.pop(sequence, None)
+        previous.outbox.failed.add(stream_id=request.stream_id, failure=ex.FAILURE_TAKEN_OVER)
+    request.connection, request.stream_id = connection, stream_id
+    connection.streams[stream_id] = request
+    for sequence in request.sequences:
+        sequence.end_sent = False
+        connection.dirty[sequence] = None
+
+
+def detach(request: Request) -> None:
+    connection = request.connection
+    if connection is not None:
+        connection.streams.pop(request.stream_id, None)
+        for sequence in request.sequences:
+            connection.dirty.pop(sequence, None)
+    request.connection = None
+
+
+def mark(sequence: Sequence) -> None:
+    """The sequence has something new for its stream, if it has one."""
+    connection = sequence.request.connection
+    if connection is not None:
+        connection.dirty[sequence] = None
+
+
+def publish(connections: list[Connection]) -> None:
+    """Sends each connection what its cursors have not passed yet."""
+    for connection in connections:
+        pending = connection.dirty or connection.outbox.ByteSize()
+        if connection.closed or not pending or not connection.has_room:
+            continue
+        message = connection.outbox
+        connection.outbox = ex.ConnectResponse()
+        _fill(connection, message)
+        failpoint.hit("executor.publish.before")
+        connection.offer(message)
+        failpoint.hit("executor.publish.after")
+
+
+def _fill(connection: Connection, message: ex.ConnectResponse) -> None:
+    run = message.tokens
+    logprobs_wanted = any(sequence.log.logprobs is not None for sequence in connection.dirty)
+    sent: list[Sequence] = []
+    for sequence in connection.dirty:
+        start, end = sequence.cursor, sequence.length
+        if start < end:
+            first, last = sequence.prompt_length + start, sequence.prompt_length + end
+            run.stream_ids.append(sequence.request.stream_id)
+            run.indexes.append(sequence.index)
+            run.offsets.append(start)
+            run.counts.append(end - start)
+            run.token_ids.extend(sequence.log.tokens[first:last].tolist())
+            if logprobs_wanted:
+                logprobs = sequence.log.logprobs
+                run.logprobs.extend([0.0] * (end - start) if logprobs is None else logprobs[first:last].tolist())
+            sequence.cursor = end
+        if sequence.phase is Phase.ENDED and not sequence.end_sent:
+            message.ended.add(
+                stream_id=sequence.request.stream_id,
+                index=sequence.index,
+                reason=int(sequence.log.reason),  # the numbers are the same
+                length=sequence.log.final_length,
+                cached_tokens=sequence.cached_tokens,
+            )
+            sequence.end_sent = True
+        sent.append(sequence)
+        if len(run.token_ids) > _MOST_TOKENS:
+            break
+    for sequence in sent:
+        del connection.dirty[sequence]

@@ -1,0 +1,106 @@
+"""Who computes what in the next step: a pure plan over sequences, without clock or I/O.
+
+Decodes come first, one position each, so that no stream waits for a neighbour's prompt;
+what is left of the token budget goes to prompts in order of arrival.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from itertools import chain
+from typing import NamedTuple
+
+from services.executor.runner.base import Chunk
+from services.executor.sequence import Phase, Sequence
+
+
+class Plan(NamedTuple):
+    """One step: `chunks[i]` advances `sequences[i]`."""
+
+    sequences: list[Sequence]
+    chunks: list[Chunk]
+
+    @property
+    def positions(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """The waiting and the running sequences, each in order of priority, then arrival."""
+
+    def __init__(self, page_size: int, max_num_seqs: int, max_batch_tokens: int, park_after: int) -> None:
+        self.page_size = page_size
+        self.max_num_seqs = max_num_seqs
+        self.max_batch_tokens = max_batch_tokens
+        self.park_after = park_after  # unread tokens of a detached output
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        queue = self.running if sequence.phase is Phase.RUNNING else self.waiting
+        insort(queue, sequence, key=lambda s: s.priority_key)
+
+    def start(self, sequence: Sequence) -> None:
+        """It has a row now."""
+        self.waiting.remove(sequence)
+        sequence.phase = Phase.RUNNING
+        self.add(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """It lost its row and computes again from the start, or from what is still cached."""
+        self.running.remove(sequence)
+        sequence.phase = Phase.WAITING
+        self.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It has ended."""
+        (self.running if sequence.phase is Phase.RUNNING else self.waiting).remove(sequence)
+        sequence.phase = Phase.ENDED
+
+    def parked(self, sequence: Sequence) -> bool:
+        """A detached output that nobody has read for a while keeps its pages and rests."""
+        return sequence.request.connection is None and sequence.length - sequence.cursor >= self.park_after
+
+    def plan(self) -> Plan:
+        """The chunks of one step; every position lies within its row."""
+        budget = self.max_batch_tokens
+        sequences: list[Sequence] = []
+        chunks: list[Chunk] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.known - sequence.computed > 1:
+                prefills.append(sequence)
+            elif budget > 0 and sequence.capacity >= sequence.known and not self.parked(sequence):
+                # Nothing left to compute (a full prefix hit): the last position runs again
+                # for its logits, its K/V write masked.
+                sequences.append(sequence)
+                chunks.append(Chunk(sequence.lane, sequence.known - 1, 1, sequence.computed, True))
+                budget -= 1
+        for sequence in prefills:
+            count = min(sequence.known - sequence.computed, sequence.capacity - sequence.computed, budget)
+            if count <= 0 or self.parked(sequence):
+                continue
+            samples = sequence.computed + count == sequence.known
+            sequences.append(sequence)
+            chunks.append(Chunk(sequence.lane, sequence.computed, count, sequence.computed, samples))
+            budget -= count
+        return Plan(sequences, chunks)
+
+    def admissible(self) -> int:
+        """How many more sequences may get a row."""
+        asking = sum(sequence.asking for sequence in self.waiting)
+        return max(self.max_num_seqs - len(self.running) - asking, 0)
+
+    def shares_unfilled_page(self, sequence: Sequence) -> bool:
+        """Whether another prompt is about to fill the page that this one would match next."""
+        tokens, known = sequence.lane.tokens, sequence.known
+        for other in chain(self.running, self.waiting):
+            if other.phase is Phase.WAITING and not other.asking:
+                continue
+            if other.opening != sequence.opening or other.computed >= other.prompt_length:
+                continue
+            # The next page border after what the neighbour has computed is the one to wait for.
+            border = (other.computed // self.page_size + 1) * self.page_size
+            if border <= min(known, other.known) and bool((tokens[:border] == other.lane.tokens[:border]).all()):
+                return True
+        return False

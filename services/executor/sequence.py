@@ -1,0 +1,193 @@
+"""A request and its sequences, as the executor holds them while it works on them.
+
+Everything here can be made again from the record, the log and the tables: `load` does it
+for a new request, for a client that comes back, and after a death, alike.
+
+A sequence is two numbers, `computed` <= `known`. A step raises `computed`; when it reaches
+`known`, a token is sampled and `known` grows by one.
+
+        0 ............ computed ............ known ............ limit
+        K/V in pages,  | tokens known,       | nothing yet
+        final          | K/V to be computed  |
+
+    WAITING  no row; asks for one when there is room
+    RUNNING  has a row; in every step's plan unless it lacks a page or is parked
+    ENDED    its terminal word is stored
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kvmanager.layout import OutputLog, Reason, RequestLog
+from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.v1 import inference_pb2 as api
+from services.executor.runner.base import Lane, SamplingParams
+
+if TYPE_CHECKING:
+    from services.executor.publisher import Connection
+
+
+_SMALLEST_PAGE: Final = 8  # tokens
+
+
+class Phase(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """What ends a sequence, as far as token ids tell. Stop strings are the frontend's."""
+
+    token_ids: frozenset[int]
+    min_tokens: int
+    max_tokens: int
+
+    def reason(self, token: int, length: int) -> Reason:
+        """For the output's `length`-th token. A pure function, so that recovery repeats it."""
+        if token in self.token_ids and length >= self.min_tokens:
+            return Reason.STOP
+        if length >= self.max_tokens:
+            return Reason.LENGTH
+        return Reason.NONE
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One output of a request."""
+
+    request: Request
+    index: int
+    log: OutputLog
+    lane: Lane
+    arrival: int
+    opening: bytes = b""  # salt and first tokens: sequences that differ here share no page
+    phase: Phase = Phase.WAITING
+    computed: int = 0
+    known: int = 0
+    row: int = -1
+    row_generation: int = 0
+    capacity: int = 0  # tokens that the row holds
+    ask_from: int = 0  # no further pages are asked for while `known` is below this
+    asking: bool = False  # an `ensure` is on its way
+    starved: bool = False  # the last `ensure` was refused for want of pages
+    held_until: float = 0.0  # waits for a neighbour's pages until this time, at most
+    cached_tokens: int = 0
+    cursor: int = 0  # the next of the output's tokens that its stream wants
+    end_sent: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return self.log.prompt_length
+
+    @property
+    def length(self) -> int:
+        """Tokens of the output so far."""
+        return self.log.final_length if self.phase is Phase.ENDED else self.known - self.prompt_length
+
+    @property
+    def limit(self) -> int:
+        """K/V positions that the sequence can come to need: its last token is never fed."""
+        return max(self.log.capacity - 1, self.prompt_length)
+
+    @property
+    def priority_key(self) -> tuple[int, int, int]:
+        """Sorts those to be served first to the front."""
+        return (-self.request.priority, self.arrival, self.index)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One client call: its record, its sequences, and the stream that reads it."""
+
+    key: str
+    record: kv.RequestRecord
+    message: api.GenerateRequest
+    rules: StopRules
+    sequences: list[Sequence] = field(default_factory=list)
+    connection: Connection | None = None  # None: detached
+    stream_id: int = 0
+    expires: float = 0.0  # monotonic seconds: a detached request is cancelled then
+
+    @property
+    def priority(self) -> int:
+        return self.message.priority
+
+    @property
+    def ended(self) -> bool:
+        return all(sequence.phase is Phase.ENDED for sequence in self.sequences)
+
+
+def sampling_params(message: api.GenerateRequest, seed: int, suppressed: tuple[int, ...]) -> SamplingParams:
+    """The request's sampling with every default filled in."""
+    asked = message.sampling
+
+    def value(name: str, default: float) -> float:
+        return float(getattr(asked, name)) if asked.HasField(name) else default
+
+    return SamplingParams(
+        temperature=value("temperature", 1.0),
+        top_p=value("top_p", 1.0),
+        top_k=int(value("top_k", 0)),
+        min_p=value("min_p", 0.0),
+        seed=seed,
+        repetition_penalty=value("repetition_penalty", 1.0),
+        presence_penalty=value("presence_penalty", 0.0),
+        frequency_penalty=value("frequency_penalty", 0.0),
+        logit_bias=tuple(sorted(asked.logit_bias.items())),
+        suppressed=suppressed if message.stopping.min_tokens else (),
+        min_tokens=message.stopping.min_tokens,
+        logprobs=message.response.logprobs,
+    )
+
+
+def map_log(path: Path) -> RequestLog:
+    """Maps a log for writing. Raises FileNotFoundError when it was forgotten."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mapped = mmap.mmap(fd, 0)
+    finally:
+        os.close(fd)
+    # A child must not inherit a writable mapping: holding executor.lock proves that writers are dead.
+    mapped.madvise(mmap.MADV_DONTFORK)
+    return RequestLog(memoryview(mapped))
+
+
+def load(records: Path, key: str, eos_token_ids: tuple[int, ...], arrival: int) -> Request:
+    """Makes a request from its files. Raises FileNotFoundError when there is no record."""
+    record = kv.RequestRecord.FromString((records / f"{key}.req").read_bytes())
+    log = map_log(records / f"{key}.log")
+    message = api.GenerateRequest.FromString(record.request)
+    eos = () if message.stopping.ignore_eos else eos_token_ids
+    stops = tuple(sorted({*eos, *message.stopping.stop_token_ids}))
+    rules = StopRules(frozenset(stops), message.stopping.min_tokens, record.max_tokens)
+    request = Request(key, record, message, rules)
+    params = sampling_params(message, record.seed, stops)
+    for index, output in enumerate(log.outputs):
+        lane = Lane(output.tokens, output.prompt_length, index, params)
+        sequence = Sequence(request, index, output, lane, arrival)
+        sequence.opening = message.cache_salt.encode() + b"\0" + output.tokens[:_SMALLEST_PAGE].tobytes()
+        sequence.computed, sequence.known = output.computed, output.known
+        sequence.cached_tokens = output.cached_tokens
+        if not output.ended:
+            _derive_end(output, rules, sequence)
+        if output.ended:
+            sequence.phase = Phase.ENDED
+        request.sequences.append(sequence)
+    return request
+
+
+def _derive_end(output: OutputLog, rules: StopRules, sequence: Sequence) -> None:
+    """A death between the last token and its terminal word: the tokens say what was meant."""
+    length = sequence.known - output.prompt_length
+    if length > 0:
+        reason = rules.reason(int(output.tokens[sequence.known - 1]), length)
+        if reason is not Reason.NONE:
+            output.set_terminal(reason, length)

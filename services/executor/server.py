@@ -1,0 +1,99 @@
+"""The executor's gRPC service: shuttles messages between frontends and the step thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from pagehold.executor.v1 import executor_pb2 as ex
+from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
+from services.executor.engine import Engine
+from services.executor.inbox import Connected, Disconnected, FromFrontend, Inbox, Wake
+from services.executor.modelstore.store import PackedModel
+from services.executor.publisher import Connection
+from services.executor.shared import SharedPool
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What never changes while the executor runs."""
+
+    model: PackedModel
+    served_model_name: str
+    max_model_len: int
+    device: str
+    dtype: str
+    kv_dtype: str
+    deterministic: bool
+
+
+class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
+    """Runs on the event loop; nothing here blocks."""
+
+    def __init__(self, description: Description, pool: SharedPool, engine: Engine, inbox: Inbox) -> None:
+        self._description = description
+        self._pool = pool
+        self._engine = engine
+        self._inbox = inbox
+
+    async def Describe(
+        self, request: ex.DescribeRequest, context: grpc.aio.ServicerContext[ex.DescribeRequest, ex.DescribeResponse]
+    ) -> ex.DescribeResponse:
+        described, model = self._description, self._description.model
+        return ex.DescribeResponse(
+            served_model_name=described.served_model_name,
+            fingerprint=model.fingerprint,
+            max_model_len=described.max_model_len,
+            vocab_size=model.spec.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            tokenizer_json=model.tokenizer_json,
+            chat_template=model.chat_template,
+            special_tokens=model.special_tokens,
+            device=described.device,
+            dtype=described.dtype,
+            kv_dtype=described.kv_dtype,
+            deterministic=described.deterministic,
+            epoch=self._pool.epoch,
+            page_size=self._pool.page_size,
+            pages=self._pool.pages - 1,
+            add_bos_token=model.add_bos_token,
+            bos_token_id=model.bos_token_id or 0,
+        )
+
+    async def GetLoad(
+        self, request: ex.GetLoadRequest, context: grpc.aio.ServicerContext[ex.GetLoadRequest, ex.GetLoadResponse]
+    ) -> ex.GetLoadResponse:
+        scheduler = self._engine.scheduler
+        return ex.GetLoadResponse(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            free_pages=self._pool.free_pages(),
+            pages=self._pool.pages - 1,
+            prefill_tokens=self._engine.prefill_tokens,
+            decode_tokens=self._engine.decode_tokens,
+        )
+
+    async def Connect(
+        self,
+        request_iterator: AsyncIterator[ex.ConnectRequest],
+        context: grpc.aio.ServicerContext[ex.ConnectRequest, ex.ConnectResponse],
+    ) -> None:
+        connection = Connection(asyncio.get_running_loop(), lambda: self._inbox.put(Wake()))
+        self._inbox.put(Connected(connection))
+        writer = asyncio.create_task(self._write(connection, context))
+        try:
+            async for message in request_iterator:
+                self._inbox.put(FromFrontend(connection, message))
+        finally:
+            writer.cancel()
+            self._inbox.put(Disconnected(connection))
+
+    async def _write(
+        self, connection: Connection, context: grpc.aio.ServicerContext[ex.ConnectRequest, ex.ConnectResponse]
+    ) -> None:
+        while True:
+            await context.write(await connection.take())
+            connection.written()

@@ -1,0 +1,118 @@
+"""The executor's view of the shared files: `tables` read-only, the pool read and written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+from kvmanager.layout import (
+    HEADER_WORDS,
+    LOW32,
+    NO_PAGE,
+    Header,
+    RowState,
+    Tables,
+    generation_of,
+    index_of,
+    state_of,
+    usable_computed,
+    words_key,
+)
+from pagehold.runtime.statedir import StateDir
+from services.executor.sequence import Request, Sequence
+
+
+class SharedPool:
+    """Mapped once, on the first attach; it stays valid across restarts of the manager."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._state = state
+        self._tables: Tables | None = None
+        self._uuid = b""
+        self.pages = 0
+        self.page_size = 0
+
+    @property
+    def mapped(self) -> bool:
+        return self._tables is not None
+
+    @property
+    def tables(self) -> Tables:
+        assert self._tables is not None, "no pool before the first attach"
+        return self._tables
+
+    @property
+    def epoch(self) -> int:
+        return int(self.tables.header[Header.EPOCH]) if self._tables is not None else 0
+
+    def map(self) -> memoryview:
+        """Maps both files; returns the pool's bytes."""
+        raw = _map(self._state.tables, mmap.PROT_READ)
+        header = np.frombuffer(raw, np.uint64, HEADER_WORDS)
+        pages, rows, entries, page_size = (
+            int(header[word]) for word in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)
+        )
+        self._tables = Tables(memoryview(raw), pages, rows, entries, page_size)
+        self._uuid = self._pool_uuid()
+        self.pages, self.page_size = pages, page_size
+        return memoryview(_map(self._state.pool, mmap.PROT_READ | mmap.PROT_WRITE))
+
+    def _pool_uuid(self) -> bytes:
+        return self.tables.header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes()
+
+    def still_the_same(self) -> bool:
+        """Whether a manager that came back serves the files that are mapped here."""
+        with self._state.tables.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_WORDS * 8), np.uint64)
+        return header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes() == self._uuid
+
+    def bind(self, sequence: Sequence) -> None:
+        """Points the sequence at its row."""
+        sequence.lane.row = self.tables.row_entry[sequence.row]
+
+    def unbind(self, sequence: Sequence) -> None:
+        sequence.row, sequence.row_generation, sequence.capacity = -1, 0, 0
+        sequence.computed, sequence.ask_from, sequence.starved = 0, 0, False
+        sequence.lane.row = None
+
+    def usable_computed(self, sequence: Sequence) -> int:
+        """Never beyond what is known: a full prefix hit can seal no token that does not exist."""
+        return min(usable_computed(self.tables, sequence.row, sequence.log.computed), sequence.known)
+
+    def free_pages(self) -> int:
+        """Pages that no live row holds: what a new request could get, cached ones included."""
+        tables = self.tables
+        live = tables.row_word & np.uint64(0xFF) == RowState.LIVE
+        used = np.arange(tables.row_entry.shape[1]) < tables.row_length[live, None]
+        held = np.unique(tables.row_entry[live][used] & np.uint64(LOW32))
+        return self.pages - 1 - len(held[held != NO_PAGE])
+
+    def find_rows(self, requests: dict[str, Request]) -> list[Sequence]:
+        """Gives every sequence that has a live row its row back; returns those."""
+        found: list[Sequence] = []
+        for row in np.flatnonzero(self.tables.row_word & np.uint64(0xFF) == RowState.LIVE).tolist():
+            word = int(self.tables.row_word[row])
+            request = requests.get(words_key(self.tables.row_key[row]))
+            if request is None or state_of(word) != RowState.LIVE:
+                continue
+            sequence = request.sequences[index_of(word)]
+            sequence.row, sequence.row_generation = row, generation_of(word)
+            sequence.capacity = int(self.tables.row_length[row]) * self.page_size
+            self.bind(sequence)
+            sequence.computed = self.usable_computed(sequence)
+            found.append(sequence)
+        return found
+
+
+def _map(path: Path, protection: int) -> mmap.mmap:
+    fd = os.open(path, (os.O_RDWR if protection & mmap.PROT_WRITE else os.O_RDONLY) | os.O_CLOEXEC)
+    try:
+        mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED, protection)
+    finally:
+        os.close(fd)
+    # A child must not inherit a writable mapping: holding executor.lock proves that writers are dead.
+    mapped.madvise(mmap.MADV_DONTFORK)
+    return mapped

@@ -1,0 +1,127 @@
+"""Streams as a checker sees them: every token has one offset, each offset comes once and in order."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import grpc
+
+from pagehold.v1 import inference_pb2 as api
+from pagehold.v1 import inference_pb2_grpc as api_grpc
+
+RESUME_SECONDS = 30.0
+
+
+@dataclass
+class Heard:
+    """What one client heard of one request with one output."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: int = 0
+    usage: api.Usage = field(default_factory=api.Usage)
+    accepted: int = 0
+    notices: list[int] = field(default_factory=list)
+
+    def take(self, response: api.GenerateResponse) -> None:
+        match response.WhichOneof("event"):
+            case "accepted":
+                self.accepted += 1
+            case "tokens":
+                message = response.tokens
+                assert message.offset == len(self.tokens), f"offset {message.offset} after {len(self.tokens)} tokens"
+                assert not self.reason, "tokens after the end"
+                self.tokens.extend(message.token_ids)
+                self.text += message.text
+            case "notice":
+                self.notices.append(response.notice.kind)
+            case "finished":
+                self.reason = response.finished.reason
+                self.usage.CopyFrom(response.finished.usage)
+
+    @property
+    def answer(self) -> tuple[list[int], str, int, int]:
+        """What must not depend on any fault."""
+        return self.tokens, self.text, self.reason, self.usage.completion_tokens
+
+
+def request(
+    number: int, tokens: int = 96, text: str | None = None, seeded: bool | None = None, **options: object
+) -> api.GenerateRequest:
+    """Request `number` of a set in which greedy and seeded ones alternate."""
+    message = api.GenerateRequest(request_id=f"request-{number}", **options)  # type: ignore[arg-type]
+    message.text = text or f"{_OPENINGS[number % len(_OPENINGS)]} (variation {number})"
+    if seeded if seeded is not None else number % 2:
+        message.sampling.temperature, message.sampling.seed = 0.9, 1000 + number
+    else:
+        message.sampling.temperature = 0.0
+    message.stopping.max_tokens = tokens
+    message.stopping.ignore_eos = True
+    return message
+
+
+_OPENINGS = (
+    "The history of the lighthouse begins with",
+    "To bake a good loaf of bread you need",
+    "In the year 2051 the first ship to",
+    "A binary search tree is a data structure that",
+    "The children walked into the forest and",
+    "Photosynthesis is the process by which",
+    "Dear colleagues, I am writing to",
+    "Once the rain had stopped, the old man",
+)
+
+
+async def generate(address: str, message: api.GenerateRequest, resume: bool = False) -> Heard:
+    """One request to its end; with `resume`, across frontends that come and go."""
+    heard = Heard()
+    loop = asyncio.get_running_loop()
+    give_up = 0.0
+    while True:
+        try:
+            async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+                stub = api_grpc.InferenceServiceStub(channel)
+                if heard.accepted:
+                    again = api.ResumeRequest(request_id=message.request_id)
+                    again.positions.add(index=0, offset=len(heard.tokens))
+                    stream = stub.Resume(again)
+                else:
+                    stream = stub.Generate(message)
+                async for response in stream:
+                    heard.take(response)
+                    give_up = 0.0
+                assert heard.reason, "the stream ended without `finished`"
+                return heard
+        except grpc.aio.AioRpcError as error:
+            if not resume or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            give_up = give_up or loop.time() + RESUME_SECONDS
+            if loop.time() > give_up:
+                raise
+            await asyncio.sleep(0.05)
+
+
+_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list[Heard]:
+    """The reference: the same bodies under other ids, with nothing killed."""
+    copies = []
+    for message in messages:
+        copy = api.GenerateRequest()
+        copy.CopyFrom(message)
+        copy.request_id = f"reference-{message.request_id}"
+        copies.append(copy)
+    return list(await asyncio.gather(*(generate(address, copy) for copy in copies)))
+
+
+def prefilled(address: str) -> int:
+    """Prompt positions computed since the executor started."""
+    with grpc.insecure_channel(address) as channel:
+        return int(api_grpc.ModelServiceStub(channel).GetLoad(api.GetLoadRequest()).prefill_tokens)

@@ -1,0 +1,181 @@
+"""An engine and a manager in one thread, over real shared files, with a scripted frontend."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvmanager.service import Manager
+from pagehold.executor.v1 import executor_pb2 as ex
+from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.lock import FileLock
+from pagehold.runtime.progress import Progress
+from pagehold.runtime.statedir import StateDir
+from pagehold.v1 import inference_pb2 as api
+from services.executor.engine import Engine
+from services.executor.inbox import Attached, Connected, Disconnected, FromFrontend, Inbox, Replied
+from services.executor.pages import Pages
+from services.executor.publisher import Connection
+from services.executor.requests import Requests
+from services.executor.scheduler import Scheduler
+from services.executor.shared import SharedPool
+from tests.unit.executor.checking_runner import CheckingRunner
+
+PAGE_SIZE = 16
+EOS = 7
+
+
+@dataclass
+class Stream:
+    """What one stream was sent."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    ended: dict[int, ex.Ended] = field(default_factory=dict)
+    accepted: int = 0
+    failures: list[int] = field(default_factory=list)
+    records: list[ex.Record] = field(default_factory=list)
+
+
+class Frontend(Connection):
+    """Takes every message at once and sorts it by stream; offsets must be contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__(asyncio.new_event_loop(), lambda: None)
+        self._loop.close()
+        self.heard: dict[int, Stream] = {}
+        self.starts: dict[tuple[int, int], int] = {}
+        self.reading = True
+
+    @property
+    def has_room(self) -> bool:
+        return self.reading
+
+    def offer(self, message: ex.ConnectResponse) -> None:
+        for accepted in message.accepted:
+            self.stream(accepted.stream_id).accepted += 1
+        for record in message.records:
+            self.stream(record.stream_id).records.append(record)
+        run, taken = message.tokens, 0
+        for stream_id, index, offset, count in zip(run.stream_ids, run.indexes, run.offsets, run.counts, strict=True):
+            tokens = self.stream(stream_id).tokens.setdefault(index, [])
+            start = self.starts.setdefault((stream_id, index), offset)
+            assert offset == start + len(tokens), "a gap or a repetition"
+            tokens.extend(run.token_ids[taken : taken + count])
+            taken += count
+        for ended in message.ended:
+            self.stream(ended.stream_id).ended[ended.index] = ended
+        for failed in message.failed:
+            self.stream(failed.stream_id).failures.append(failed.failure)
+
+    def stream(self, stream_id: int) -> Stream:
+        return self.heard.setdefault(stream_id, Stream())
+
+
+class World:
+    """One state folder; `start_executor` again is what a kill and a restart leave."""
+
+    def __init__(self, root: Path, pages: int = 200, **limits: int) -> None:
+        self.state = StateDir.prepare(root)
+        self.pages = pages
+        self.limits = {"max_num_seqs": 32, "max_batch_tokens": 64, "park_after": 256} | limits
+        self.manager = self._new_manager()
+        self.prefix_cache = True
+        self.executors = 0
+        self.lose_replies = False
+        self.start_executor()
+
+    def _new_manager(self) -> Manager:
+        return Manager(self.state, quota=1 << 24, ttl=600, hit=lambda name: None)
+
+    def restart_manager(self) -> None:
+        """The old one's memory is gone; calls without an answer are repeated."""
+        self.manager = self._new_manager()
+        self._attach()
+
+    def start_executor(self) -> None:
+        self.executors += 1
+        self._executor_id = self.executors.to_bytes(16, "little")
+        FileLock(self.state.executor_lock)
+        lock = FileLock(self.state.executor_lock)
+        lock.acquire()
+        lock.write_id(self._executor_id)
+        lock.release()
+        self.inbox = Inbox()
+        # The pages' contents outlive the executor, as the pool's memory does.
+        slots = self.runner.slots if self.executors > 1 else {}
+        self.runner = CheckingRunner()
+        self.runner.slots = slots
+        scheduler = Scheduler(PAGE_SIZE, **self.limits)
+        self.pool = SharedPool(self.state)
+        self.requests = Requests(scheduler, self.pool, self.runner, self.state.records, (EOS,))
+        self.page_calls = Pages(scheduler, self.requests, self.runner, self.pool, self.prefix_cache)
+        progress = Progress(self.state.progress("executor"))
+        self.engine = Engine(
+            self.runner, scheduler, self.requests, self.page_calls, self.inbox, self._send, progress
+        )
+        self._attach()
+
+    def _attach(self) -> None:
+        geometry = kv.Geometry(
+            layers=1, kv_heads=1, head_dim=32, page_size=PAGE_SIZE, kv_dtype="bfloat16", layout_id=1,
+            max_model_len=1024, rows=2 * self.limits["max_num_seqs"],
+        )
+        page_bytes = 2 * 32 * PAGE_SIZE * 2
+        reply = self.manager.attach(
+            kv.AttachRequest(
+                executor_id=self._executor_id, fingerprint="ab" * 32, geometry=geometry,
+                pool_bytes=(self.pages + 1) * page_bytes, prefix_cache=self.prefix_cache,
+            )
+        )
+        assert reply.WhichOneof("reply") == "attach", reply
+        if not self.pool.mapped:
+            self.runner.map_pool(self.pool.map(), self.pool.pages, self.pool.page_size)
+        self.inbox.put(Attached(reply.attach))
+
+    def _send(self, calls: list[kv.Call]) -> None:
+        for call in calls:
+            reply = self.manager.call(call)
+            if self.lose_replies:
+                reply = self.manager.call(call)  # the first answer was lost: the call is repeated
+            self.inbox.put(Replied(call, reply))
+        assert self.manager.core is not None
+        assert self.manager.core.check_integrity() == []
+
+    def connect(self) -> Frontend:
+        frontend = Frontend()
+        self.inbox.put(Connected(frontend))
+        return frontend
+
+    def disconnect(self, frontend: Frontend) -> None:
+        self.inbox.put(Disconnected(frontend))
+
+    def submit(
+        self, frontend: Frontend, stream_id: int, prompt: list[int], tokens: int, name: str = "", **fields: object
+    ) -> None:
+        message = api.GenerateRequest(request_id=name or f"r{stream_id}", **fields)  # type: ignore[arg-type]
+        message.sampling.seed = 0
+        submit = ex.Submit(
+            stream_id=stream_id, tenant="default", request=message.SerializeToString(), digest=b"d",
+            prompt=prompt, max_tokens=tokens,
+        )
+        self.send(frontend, submit=submit)
+
+    def send(self, frontend: Frontend, **message: object) -> None:
+        self.inbox.put(FromFrontend(frontend, ex.ConnectRequest(**message)))  # type: ignore[arg-type]
+
+    def turn(self) -> bool:
+        for event in self.inbox.take(0):
+            self.engine._handle(event)
+        busy = self.engine.step()
+        self.manager.sweep()
+        return busy
+
+    def run(self, turns: int = 2000) -> int:
+        """Until nothing is left to do; how many turns it took."""
+        idle = 0
+        for turn in range(turns):
+            idle = 0 if self.turn() or self.inbox._events else idle + 1
+            if idle > 3:
+                return turn
+        raise AssertionError(f"still busy after {turns} turns")

@@ -170,19 +170,22 @@ class Tables:
     def __init__(self, buffer: memoryview | bytearray, pages: int, rows: int, entries: int, page_size: int) -> None:
         self._buffer = buffer
         self._offset = 0
-        self.header: U64 = self._take(np.uint64, HEADER_WORDS)
-        self.page_word: U64 = self._take(np.uint64, pages)
-        self.page_hash: U64 = self._take(np.uint64, pages * 2).reshape(pages, 2)
-        self.page_parent: U64 = self._take(np.uint64, pages * 2).reshape(pages, 2)
-        self.page_used: U64 = self._take(np.uint64, pages)
-        self.page_tokens: U32 = self._take(np.uint32, pages * page_size).reshape(pages, page_size)
-        self.row_word: U64 = self._take(np.uint64, rows)
-        self.row_key: U64 = self._take(np.uint64, rows * 2).reshape(rows, 2)
-        self.row_length: U64 = self._take(np.uint64, rows)
-        self.row_entry: U64 = self._take(np.uint64, rows * entries).reshape(rows, entries)
+        self.header: U64 = self._words(HEADER_WORDS)
+        self.page_word: U64 = self._words(pages)
+        self.page_hash: U64 = self._words(pages * 2).reshape(pages, 2)
+        self.page_parent: U64 = self._words(pages * 2).reshape(pages, 2)
+        self.page_used: U64 = self._words(pages)
+        self.page_tokens: U32 = self._words(-(-pages * page_size // 2)).view(np.uint32)[: pages * page_size].reshape(
+            pages, page_size
+        )
+        self.row_word: U64 = self._words(rows)
+        self.row_key: U64 = self._words(rows * 2).reshape(rows, 2)
+        self.row_length: U64 = self._words(rows)
+        self.row_entry: U64 = self._words(rows * entries).reshape(rows, entries)
 
-    def _take(self, dtype: npt.DTypeLike, count: int) -> npt.NDArray[np.generic]:
-        view = np.frombuffer(self._buffer, dtype, count, self._offset)
+    def _words(self, count: int) -> U64:
+        """The next `count` words; each array starts at a multiple of 64 bytes."""
+        view = np.frombuffer(self._buffer, np.uint64, count, self._offset)
         self._offset += -(-view.nbytes // 64) * 64
         return view
 
@@ -312,10 +315,10 @@ def usable_computed(tables: Tables, row: int, progress_computed: int) -> int:
 
     min(max(computed, page_size x leading sealed or `none` entries), page_size x entries).
     """
-    page_size = tables.page_tokens.shape[1]
+    page_size = int(tables.page_tokens.shape[1])
     length = int(tables.row_length[row])
     pages = (tables.row_entry[row, :length] & np.uint64(LOW32)).astype(np.int64)
     states = tables.page_word[pages] & np.uint64(0xFF)
     settled = (pages == NO_PAGE) | (states == np.uint64(PageState.SEALED))
-    leading = int(np.argmin(settled)) if not settled.all() else length
+    leading = length if settled.all() else int(np.argmin(settled))
     return min(max(progress_computed, page_size * leading), page_size * length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 
@@ -12,6 +11,9 @@ class Memory:
     """Stores straight into the shared arrays."""
 
     def put(self, array: npt.NDArray[Any], index: Any, value: Any) -> None:
-        """One store. A word that changes under a reader is written alone; wider values are made
-        visible by a later single store."""
-        array[index] = np.uint64(value) if isinstance(value, int) and array.dtype == np.uint64 else value
+        """One store, or a batch of stores in any order whose every partial result is harmless.
+
+        A word that changes under a reader is an aligned u64: it is never seen half-written.
+        Whatever is wider becomes visible by a later single store.
+        """
+        array[index] = value

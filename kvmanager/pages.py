@@ -6,134 +6,174 @@
     SEALED         >= 1      shared, or about to be
     SEALED         0         cached: found by its hash until it is handed out again
 
-Counts, the free list and the index are derived from page words, hashes and rows.
+    free ──take: (FILLING, generation + 1)──▶ filling ──seal──▶ sealed ──release──▶ cached
+      ▲                                          │                                     │
+      └───────────────release───────────────────┘◀───────────────take──────────────────┘
+
+Only page words, hashes and last uses are stored. Holders, the free list, the prefix index and
+the order of eviction are derived from them and from the rows.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
-from kvmanager.layout import NO_PAGE, PageState, Tables, generation_of, page_word, state_of
+from kvmanager.layout import NO_PAGE, U32, PageState, Tables, generation_of, page_word, state_of
 from kvmanager.memory import Memory
-from kvmanager.prefix import Hash, from_words, to_words
+from kvmanager.prefix import Hash, PrefixIndex, from_words, to_words
 
-_EVICT_AT_ONCE = 64  # how many candidates are sorted out in one look over the page words
+Ids = npt.NDArray[np.int64]
+
+# `page_used` is a turn number over the place in the chain, counted down: the tail of a chain is older than its head.
+TURN_SHIFT: Final = 20
+_DEEPEST: Final = (1 << TURN_SHIFT) - 1
+_STATE: Final = np.uint64(0xFF)
+_GENERATION_SHIFT: Final = np.uint64(32)
 
 
 class Pages:
     """The pool's pages, as the manager thinks of them."""
 
     def __init__(
-        self, tables: Tables, memory: Memory, hit: Callable[[str], None], back: Callable[[int], bool]
+        self, tables: Tables, memory: Memory, hit: Callable[[str], None], back: Callable[[int], int], limit: int
     ) -> None:
+        """back(page): tries to put memory behind pages 0..page; returns how many pages have memory.
+
+        limit: pages from this id on are not used.
+        """
         self._tables = tables
-        self._back = back
         self._memory = memory
         self._hit = hit
+        self._back = back
         self.count = len(tables.page_word)
-        self.limit = self.count  # pages from here on cannot be backed by memory
-        self.holders = np.zeros(self.count, np.int32)  # rows that name the page
-        self.free: list[int] = []
-        self.index: dict[Hash, int] = {}  # the lowest sealed page of each hash
-        self._evictable: list[int] = []  # candidates, the best at the end; checked again when taken
+        self.limit = limit
+        self.holders: npt.NDArray[np.int32] = np.zeros(self.count, np.int32)  # rows that name the page
+        self.free: list[int] = []  # the next one at the end
+        self.cached = 0
+        self.index = PrefixIndex()
         self.turn = 0
+        # (last use, page): every cached page has its entry; entries of others are stale and skipped.
+        self._eviction: list[tuple[int, int]] = []
 
-    def rebuild(self, held: np.ndarray) -> None:
-        """Everything from the tables. held: [n] page ids, once for each row entry that names one."""
-        tables = self._tables
+    def rebuild(self, held: Ids) -> None:
+        """Everything from the tables. held: i64 [n] page ids, once for each row entry that names one."""
         self.holders = np.bincount(held, minlength=self.count).astype(np.int32)
         self.holders[NO_PAGE] = 0
-        states = tables.page_word & np.uint64(0xFF)
+        states = self._tables.page_word & _STATE
         loose = (self.holders == 0) & (states != PageState.SEALED)
         loose[NO_PAGE] = False
         loose[self.limit :] = False
+        # Lowest ids first: pages that have no memory yet come last.
         self.free = np.flatnonzero(loose)[::-1].tolist()
-        self.index = {}
+        self.index = PrefixIndex()
         for page in np.flatnonzero(states == PageState.SEALED).tolist():
-            self.index.setdefault(from_words(tables.page_hash[page]), page)
-        self._evictable = []
-        self.turn = int(tables.page_used.max(initial=0)) >> 20
+            self.index.add(from_words(self._tables.page_hash[page]), page)
+        self.turn = int(self._tables.page_used.max(initial=0)) >> TURN_SHIFT
+        self._rebuild_eviction()
+        self.cached = len(self._eviction)
+
+    def _rebuild_eviction(self) -> None:
+        states = self._tables.page_word & _STATE
+        cached = np.flatnonzero((self.holders == 0) & (states == PageState.SEALED))
+        self._eviction = sorted(zip(self._tables.page_used[cached].tolist(), cached.tolist(), strict=True))
+
+    @property
+    def usable(self) -> int:
+        """All pages that rows can ever get."""
+        return max(self.limit - 1, 0)
 
     @property
     def available(self) -> int:
-        """What could be handed out: free and cached."""
-        return self.limit - 1 - int(np.count_nonzero(self.holders))
+        """What could be handed out now: free and cached."""
+        return len(self.free) + self.cached
 
     def reserve(self, wanted: int) -> bool:
-        """Whether `wanted` pages can be taken now, with memory behind each. Changes no page."""
-        if wanted > self.available:
-            return False
-        highest = max(self.free[-wanted:], default=0) if wanted else 0
-        if self._back(highest):
-            return True
-        self.limit = min(highest, self.limit)  # the pool is smaller than it was meant to be
-        self.free = [page for page in self.free if page < self.limit]
-        return False
+        """Whether `wanted` pages can be taken now, with memory behind each. Invalidates nothing.
 
-    def state(self, page: int) -> PageState:
-        return PageState(state_of(int(self._tables.page_word[page])))
+        Where no memory is to be had the pool ends, from now on.
+        """
+        while 0 < wanted <= self.available:
+            highest = max(self.free[-wanted:], default=NO_PAGE)
+            backed = self._back(highest)
+            if highest < backed:
+                return True
+            self.limit = backed
+            self.free = [page for page in self.free if page < backed]
+        return wanted == 0
 
-    def generation(self, page: int) -> int:
-        return generation_of(int(self._tables.page_word[page]))
+    def take(self, count: int) -> Ids:
+        """Pages for one row to fill: invalidated here, before any row names them. They were reserved.
 
-    def take(self) -> int:
-        """A page for one row to fill: invalidated here, before any row names it. It was reserved."""
-        page = self.free.pop() if self.free else self._evict()
-        word = page_word(PageState.FILLING, self.generation(page) + 1)
-        self._memory.put(self._tables.page_word, page, word)
-        self._hit("kvmanager.ensure.page_taken")
-        self.holders[page] += 1
-        return page
+        Returns i64 [count].
+        """
+        taken = np.array([self.free.pop() if self.free else self._evict() for _ in range(count)], np.int64)
+        if count:
+            generations = (self._tables.page_word[taken] >> _GENERATION_SHIFT) + np.uint64(1)
+            words = generations << _GENERATION_SHIFT | np.uint64(PageState.FILLING)
+            self._memory.put(self._tables.page_word, taken, words)
+            self._hit("kvmanager.ensure.page_taken")
+            self.holders[taken] += 1
+        return taken
 
-    def hold(self, page: int) -> None:
-        """One more row names a sealed page."""
-        self.holders[page] += 1
+    def _evict(self) -> int:
+        """The least recently used cached page, out of the index. Its word still says sealed."""
+        while True:
+            used, page = heapq.heappop(self._eviction)
+            if self._is_cached(page) and int(self._tables.page_used[page]) == used:
+                self.index.remove(from_words(self._tables.page_hash[page]), page)
+                self.cached -= 1
+                return page
 
-    def release(self, page: int) -> None:
-        """A row that named the page is gone."""
-        self.holders[page] -= 1
-        if self.holders[page] == 0 and self.state(page) is not PageState.SEALED:
-            self.free.append(page)
+    def _is_cached(self, page: int) -> bool:
+        return not self.holders[page] and state_of(self._tables.page_word[page]) == PageState.SEALED
 
-    def seal(self, page: int, content: Hash, parent: Hash, tokens: np.ndarray) -> None:
+    def hold(self, pages: Ids) -> None:
+        """One more row names these sealed pages; none can be evicted from here on."""
+        self.cached -= int(np.count_nonzero(self.holders[pages] == 0))
+        self.holders[pages] += 1
+
+    def release(self, pages: Ids) -> None:
+        """A row that named these pages is gone, or does not name them any more."""
+        self.holders[pages] -= 1
+        loose = pages[self.holders[pages] == 0]
+        sealed = self._tables.page_word[loose] & _STATE == PageState.SEALED
+        self.free.extend(loose[~sealed][::-1].tolist())
+        cached = loose[sealed]
+        self.cached += len(cached)
+        for item in zip(self._tables.page_used[cached].tolist(), cached.tolist(), strict=True):
+            heapq.heappush(self._eviction, item)
+        if len(self._eviction) > 2 * self.count:
+            self._rebuild_eviction()
+
+    def touch(self, chain: Ids) -> None:
+        """Stamps a row's pages, head first: later turns are newer, and within a turn the tail goes first."""
+        if not len(chain):
+            return
+        self.turn += 1
+        depths = np.minimum(np.arange(len(chain), dtype=np.uint64), np.uint64(_DEEPEST))
+        stamps = np.uint64(self.turn << TURN_SHIFT | _DEEPEST) - depths
+        self._memory.put(self._tables.page_used, chain, stamps)
+
+    def seal(self, page: int, content: Hash, parent: Hash, tokens: U32) -> None:
         """Immutable from here on. tokens: u32 [page_size]."""
         tables, put = self._tables, self._memory.put
         put(tables.page_hash, page, to_words(content))
         put(tables.page_parent, page, to_words(parent))
         put(tables.page_tokens, page, tokens)
         self._hit("kvmanager.seal.before_word")
-        put(tables.page_word, page, page_word(PageState.SEALED, self.generation(page)))
-        known = self.index.get(content)
-        if known is None or page < known:
-            self.index[content] = page
+        put(tables.page_word, page, page_word(PageState.SEALED, generation_of(tables.page_word[page])))
+        self.index.add(content, page)
 
-    def touch(self, row_pages: list[int]) -> None:
-        """Stamps a chain: later turns are newer, and within a turn the tail goes first."""
-        self.turn += 1
-        for depth, page in enumerate(row_pages):
-            self._memory.put(self._tables.page_used, page, self.turn << 20 | (0xFFFFF - min(depth, 0xFFFFF)))
+    def generations(self, pages: Ids) -> npt.NDArray[np.uint64]:
+        """u64 [n]."""
+        return self._tables.page_word[pages] >> _GENERATION_SHIFT
 
-    def _evict(self) -> int:
-        """The least recently used cached page, out of the index. Its word still says sealed."""
-        tables = self._tables
-        while True:
-            if not self._evictable:
-                sealed = tables.page_word & np.uint64(0xFF) == PageState.SEALED
-                cached = np.flatnonzero(sealed & (self.holders == 0))
-                order = np.argsort(tables.page_used[cached], kind="stable")[:_EVICT_AT_ONCE]
-                self._evictable = cached[order][::-1].tolist()
-            page = self._evictable.pop()
-            if self.holders[page] == 0 and self.state(page) is PageState.SEALED:
-                break
-        content = from_words(tables.page_hash[page])
-        if self.index.get(content) == page:
-            del self.index[content]
-            same = (tables.page_hash == tables.page_hash[page]).all(axis=1)
-            same &= tables.page_word & np.uint64(0xFF) == PageState.SEALED
-            same[page] = False
-            others = np.flatnonzero(same)
-            if len(others):
-                self.index[content] = int(others[0])
-        return page
+    def eviction_order(self) -> list[int]:
+        """Cached pages, those to be given up first in front."""
+        valid = {item for item in self._eviction if self._is_cached(item[1])}
+        return [page for used, page in sorted(valid) if int(self._tables.page_used[page]) == used]

@@ -1,4 +1,7 @@
-"""The files behind the core: `tables` and the pool; made, adopted or refused."""
+"""The files behind the core: `tables` and the pool; made, adopted, grown or refused.
+
+A pool is there when `tables` is: its rename into place is made last, and undone first.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from kvmanager.errors import Refusal, Refused
 from kvmanager.layout import (
     HEADER_WORDS,
     LAYOUT_VERSION,
@@ -23,182 +27,213 @@ from pagehold.runtime.memory import available_bytes
 from pagehold.runtime.statedir import StateDir
 
 EXTENT: Final = 64 << 20
-_FEWEST_PAGES: Final = 2
+_FEWEST_PAGES: Final = 2  # page 0 is reserved
+_MOST_PAGES: Final = 1 << 31  # kernels read page ids as int32
+_REMEDY: Final = "stop everything and start with --discard to drop it"
 
 
 class CannotAdopt(Exception):
     """The shared files are not ours to go on with; the message says why and what to do."""
 
 
-class NoMemory(Exception):
-    """The pool does not fit; the message says what is there and which flag to change."""
-
-
 class Pool:
     """`tables` mapped for writing, and the pool file's size."""
 
-    def __init__(self, state: StateDir, mapped: mmap.mmap, tables: Tables) -> None:
-        self._state = state
-        self._mapped = mapped
+    def __init__(self, state: StateDir, tables: Tables) -> None:
+        """Raises ValueError when the header's numbers contradict each other."""
+        self._path = state.pool
         self.tables = tables
+        self.geometry = _read_geometry(tables.header)
+        if self.word(Header.PAGE_BYTES) != self.geometry.page_bytes:
+            raise ValueError("page size")
 
     def word(self, name: Header) -> int:
         return int(self.tables.header[name])
 
     @property
-    def epoch(self) -> int:
-        return self.word(Header.EPOCH)
-
-    @property
-    def executor_id(self) -> bytes:
-        return self.tables.header[Header.EXECUTOR_ID : Header.EXECUTOR_ID + 2].tobytes()
-
-    @property
     def fingerprint(self) -> str:
+        """Of the model's contents: 64 hex digits."""
         return self.tables.header[Header.FINGERPRINT : Header.FINGERPRINT + 4].tobytes().hex()
 
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(
-            pages=self.word(Header.PAGES),
-            rows=self.word(Header.ROWS),
-            page_size=self.word(Header.PAGE_SIZE),
-            layers=self.word(Header.LAYERS),
-            kv_heads=self.word(Header.KV_HEADS),
-            head_dim=self.word(Header.HEAD_DIM),
-            kv_dtype=KvDtype(self.word(Header.KV_DTYPE)),
-            layout_id=self.word(Header.LAYOUT_ID),
-            max_model_len=self.word(Header.MAX_MODEL_LEN),
-        )
+    def back(self, last_page: int) -> int:
+        """Puts memory behind the pool up to and with `last_page`, in whole extents.
 
-    def begin_epoch(self, executor_id: bytes) -> None:
-        """A new executor: its id first, then the epoch, so that a death in between repeats the step."""
-        header = self.tables.header
-        if self.executor_id != executor_id:
-            header[Header.EPOCH] = self.epoch + 1
-            header[Header.EXECUTOR_ID : Header.EXECUTOR_ID + 2] = np.frombuffer(executor_id, np.uint64)
+        Returns how many pages have memory: fewer than wanted where the machine has none left.
+        """
+        page_bytes, backed = self.geometry.page_bytes, self.word(Header.POOL_BYTES)
+        wanted = (last_page + 1) * page_bytes
+        if wanted > backed:
+            target = min(-(-wanted // EXTENT) * EXTENT, self.geometry.pages * page_bytes)
+            if self._allocate(backed, target):
+                self.tables.header[Header.POOL_BYTES] = backed = target
+        return backed // page_bytes
 
-    def back(self, last_page: int) -> bool:
-        """Gives memory to the pool up to and with `last_page`; False when there is none."""
-        wanted = (last_page + 1) * self.word(Header.PAGE_BYTES)
-        backed = self.word(Header.POOL_BYTES)
-        if wanted <= backed:
-            return True
-        size = self.word(Header.PAGES) * self.word(Header.PAGE_BYTES)
-        target = min(-(-wanted // EXTENT) * EXTENT, size)
-        fd = os.open(self._state.pool, os.O_RDWR | os.O_CLOEXEC)
+    def _allocate(self, start: int, end: int) -> bool:
+        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.posix_fallocate(fd, backed, target - backed)
+            os.posix_fallocate(fd, start, end - start)
         except OSError:
             return False
         finally:
             os.close(fd)
-        self.tables.header[Header.POOL_BYTES] = target
         return True
 
 
 def create(state: StateDir, geometry: Geometry, fingerprint: str) -> Pool:
-    """New files under temporary names, renamed when complete: `tables` last."""
+    """New files in place of old ones. fingerprint: 64 hex digits. Raises OSError when the tmpfs is full."""
     size = Tables.nbytes(geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
-    new_tables, new_pool = state.tables.with_suffix(".new"), state.pool.with_suffix(".new")
-    _make_file(new_pool, geometry.pages * geometry.page_bytes, backed=False)
-    _make_file(new_tables, size, backed=True)
-    mapped = _map(new_tables)
-    tables = Tables(
-        memoryview(mapped), geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size
-    )
-    header = tables.header
-    for name, value in (
-        (Header.MAGIC, TABLES_MAGIC),
-        (Header.LAYOUT, LAYOUT_VERSION),
-        (Header.PAGES, geometry.pages),
-        (Header.ROWS, geometry.rows),
-        (Header.ROW_ENTRIES, geometry.row_entries),
-        (Header.PAGE_SIZE, geometry.page_size),
-        (Header.LAYERS, geometry.layers),
-        (Header.KV_HEADS, geometry.kv_heads),
-        (Header.HEAD_DIM, geometry.head_dim),
-        (Header.KV_DTYPE, geometry.kv_dtype),
-        (Header.LAYOUT_ID, geometry.layout_id),
-        (Header.MAX_MODEL_LEN, geometry.max_model_len),
-        (Header.PAGE_BYTES, geometry.page_bytes),
-    ):
-        header[name] = value
-    header[Header.POOL_UUID : Header.POOL_UUID + 2] = np.frombuffer(secrets.token_bytes(16), np.uint64)
-    header[Header.BOOT_ID : Header.BOOT_ID + 2] = np.frombuffer(_boot_id(), np.uint64)
-    header[Header.FINGERPRINT : Header.FINGERPRINT + 4] = np.frombuffer(bytes.fromhex(fingerprint), np.uint64)
-    header[Header.READY] = 1
-    new_pool.rename(state.pool)
-    new_tables.rename(state.tables)
-    return Pool(state, mapped, tables)
+    new_tables = _unfinished(state)
+    try:
+        new_tables.unlink(missing_ok=True)
+        _make_file(new_tables, size, backed=True)
+        tables = _map_tables(new_tables, geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
+        _write_header(tables, geometry, fingerprint)
+        # Old tables must never meet a new pool.
+        state.tables.unlink(missing_ok=True)
+        state.pool.unlink(missing_ok=True)
+        _make_file(state.pool, geometry.pages * geometry.page_bytes, backed=False)
+        new_tables.rename(state.tables)
+    except OSError:
+        new_tables.unlink(missing_ok=True)
+        raise
+    return Pool(state, tables)
 
 
 def adopt(state: StateDir) -> Pool | None:
     """The pool of an earlier manager; None when there is none. Raises CannotAdopt."""
+    _unfinished(state).unlink(missing_ok=True)
     try:
         size = state.tables.stat().st_size
+        header = np.fromfile(state.tables, np.uint64, HEADER_WORDS)
     except FileNotFoundError:
+        if any(state.records.glob("*.req")):
+            raise CannotAdopt(f"{state.records} holds requests, but their {state.tables} is gone; {_REMEDY}") from None
+        state.pool.unlink(missing_ok=True)
         return None
-    remedy = "start with --discard to drop it"
-    if size < HEADER_WORDS * 8:
-        raise CannotAdopt(f"{state.tables} is damaged: too short; {remedy}")
-    mapped = _map(state.tables)
-    header = np.frombuffer(mapped, np.uint64, HEADER_WORDS)
-    if int(header[Header.MAGIC]) != TABLES_MAGIC or int(header[Header.READY]) != 1:
-        raise CannotAdopt(f"{state.tables} is damaged: not a Pagehold header; {remedy}")
-    if int(header[Header.LAYOUT]) != LAYOUT_VERSION:
-        raise CannotAdopt(
-            f"{state.tables} has layout version {int(header[Header.LAYOUT])}, this is {LAYOUT_VERSION}; {remedy}"
-        )
+    if size < HEADER_WORDS * 8 or int(header[Header.MAGIC]) != TABLES_MAGIC or int(header[Header.READY]) != 1:
+        raise CannotAdopt(f"{state.tables} is damaged: not a Pagehold header; {_REMEDY}")
+    version = int(header[Header.LAYOUT])
+    if version != LAYOUT_VERSION:
+        raise CannotAdopt(f"{state.tables} has layout version {version}, this is {LAYOUT_VERSION}; {_REMEDY}")
     if header[Header.BOOT_ID : Header.BOOT_ID + 2].tobytes() != _boot_id():
-        raise CannotAdopt(f"{state.tables} is from before the last boot; {remedy}")
-    shape = tuple(int(header[name]) for name in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE))
-    if size != Tables.nbytes(*shape) or not state.pool.exists():
-        raise CannotAdopt(f"{state.tables} and {state.pool} do not fit together; {remedy}")
-    return Pool(state, mapped, Tables(memoryview(mapped), *shape))
+        raise CannotAdopt(f"{state.tables} is from before the last boot of this machine; {_REMEDY}")
+    shape = [int(header[name]) for name in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)]
+    try:
+        if size != Tables.nbytes(*shape):
+            raise ValueError("length")
+        pool = Pool(state, _map_tables(state.tables, *shape))
+    except ValueError as error:
+        raise CannotAdopt(f"{state.tables} is damaged: wrong {error}; {_REMEDY}") from error
+    _check_pool_file(state, pool)
+    return pool
 
 
-def pages_that_fit(state: StateDir, geometry: Geometry, pool_bytes: int) -> int:
-    """How many pages `pool_bytes` makes, page 0 included. Raises NoMemory."""
-    room = available_bytes(state.root)
-    if pool_bytes > room:
-        raise NoMemory(
-            f"a page pool of {pool_bytes / 2**30:.1f} GiB does not fit: {room / 2**30:.1f} GiB of memory are free "
-            "(machine, cgroup and tmpfs taken together); choose a smaller --kv-memory"
-        )
+def _check_pool_file(state: StateDir, pool: Pool) -> None:
+    try:
+        stat = state.pool.stat()
+    except FileNotFoundError:
+        raise CannotAdopt(f"{state.pool} is gone; {_REMEDY}") from None
+    whole = pool.geometry.pages * pool.geometry.page_bytes
+    if stat.st_size != whole or stat.st_blocks * 512 < pool.word(Header.POOL_BYTES):
+        raise CannotAdopt(f"{state.pool} is not the pool of {state.tables}; {_REMEDY}")
+
+
+def fitting(state: StateDir, geometry: Geometry, pool_bytes: int) -> Geometry:
+    """The geometry with as many pages as `pool_bytes` makes. Raises Refused(NO_MEMORY)."""
     pages = pool_bytes // geometry.page_bytes
     if pages < _FEWEST_PAGES:
-        raise NoMemory(
-            f"a page pool of {pool_bytes} bytes holds no page of {geometry.page_bytes} bytes; choose a larger --kv-memory"
+        least = _FEWEST_PAGES * geometry.page_bytes
+        message = f"a page pool of {pool_bytes} bytes is too small; choose a --kv-memory of at least {least} bytes"
+        raise Refused(Refusal.NO_MEMORY, message)
+    pages = min(pages, _MOST_PAGES)
+    tables = Tables.nbytes(pages, geometry.rows, geometry.row_entries, geometry.page_size)
+    room = available_bytes(state.root)
+    if pool_bytes + tables > room:
+        message = (
+            f"a page pool of {_gib(pool_bytes)} with tables of {_gib(tables)} does not fit: {_gib(room)} are left "
+            "(the least of tmpfs, free memory and the cgroup's limit); choose a smaller --kv-memory"
         )
-    return int(pages)
+        raise Refused(Refusal.NO_MEMORY, message)
+    return Geometry(
+        pages=pages,
+        rows=geometry.rows,
+        page_size=geometry.page_size,
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        kv_dtype=geometry.kv_dtype,
+        layout_id=geometry.layout_id,
+        max_model_len=geometry.max_model_len,
+    )
 
 
 def discard(state: StateDir) -> None:
-    """Drops the shared files and all records."""
-    for path in (state.tables, state.pool, *state.records.iterdir()):
+    """Drops the shared files and all records. Both locks are held."""
+    for path in (state.tables, state.pool, _unfinished(state), *state.records.iterdir()):
         path.unlink(missing_ok=True)
 
 
+def _write_header(tables: Tables, geometry: Geometry, fingerprint: str) -> None:
+    header = tables.header
+    header[Header.MAGIC] = TABLES_MAGIC
+    header[Header.LAYOUT] = LAYOUT_VERSION
+    header[Header.PAGES] = geometry.pages
+    header[Header.ROWS] = geometry.rows
+    header[Header.ROW_ENTRIES] = geometry.row_entries
+    header[Header.PAGE_SIZE] = geometry.page_size
+    header[Header.LAYERS] = geometry.layers
+    header[Header.KV_HEADS] = geometry.kv_heads
+    header[Header.HEAD_DIM] = geometry.head_dim
+    header[Header.KV_DTYPE] = geometry.kv_dtype
+    header[Header.LAYOUT_ID] = geometry.layout_id
+    header[Header.MAX_MODEL_LEN] = geometry.max_model_len
+    header[Header.PAGE_BYTES] = geometry.page_bytes
+    header[Header.POOL_UUID : Header.POOL_UUID + 2] = np.frombuffer(secrets.token_bytes(16), np.uint64)
+    header[Header.BOOT_ID : Header.BOOT_ID + 2] = np.frombuffer(_boot_id(), np.uint64)
+    header[Header.FINGERPRINT : Header.FINGERPRINT + 4] = np.frombuffer(bytes.fromhex(fingerprint), np.uint64)
+    header[Header.READY] = 1
+
+
+def _read_geometry(header: np.ndarray) -> Geometry:
+    return Geometry(
+        pages=int(header[Header.PAGES]),
+        rows=int(header[Header.ROWS]),
+        page_size=int(header[Header.PAGE_SIZE]),
+        layers=int(header[Header.LAYERS]),
+        kv_heads=int(header[Header.KV_HEADS]),
+        head_dim=int(header[Header.HEAD_DIM]),
+        kv_dtype=KvDtype(int(header[Header.KV_DTYPE])),
+        layout_id=int(header[Header.LAYOUT_ID]),
+        max_model_len=int(header[Header.MAX_MODEL_LEN]),
+    )
+
+
 def _make_file(path: Path, size: int, backed: bool) -> None:
-    path.unlink(missing_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         if backed:
-            os.posix_fallocate(fd, 0, size)
+            os.posix_fallocate(fd, 0, size)  # a full tmpfs is an error here, not a SIGBUS later
         else:
             os.ftruncate(fd, size)
     finally:
         os.close(fd)
 
 
-def _map(path: Path) -> mmap.mmap:
+def _map_tables(path: Path, pages: int, rows: int, entries: int, page_size: int) -> Tables:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return mmap.mmap(fd, 0)
+        return Tables(memoryview(mmap.mmap(fd, 0)), pages, rows, entries, page_size)
     finally:
         os.close(fd)
 
 
+def _unfinished(state: StateDir) -> Path:
+    return state.tables.with_suffix(".new")
+
+
 def _boot_id() -> bytes:
     return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

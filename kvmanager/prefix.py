@@ -1,39 +1,79 @@
-"""Content hashes of pages, chained: equal hashes mean equal tokens, history, salt and model."""
+"""Content hashes of pages, chained: equal hashes mean equal tokens, history, salt, tenant and model."""
 
 from __future__ import annotations
 
 import hashlib
+from bisect import insort
+from typing import Final
 
 import numpy as np
 
 from kvmanager.layout import U32, U64
 
-Hash = bytes  # 16 bytes
+Hash = bytes
+HASH_BYTES: Final = 16
 
 
 def root_hash(fingerprint: str, tenant: str, salt: str) -> Hash:
-    """The parent of a first page. Requests with different salts never meet."""
-    parts = "\0".join((fingerprint, tenant, salt)).encode()
-    return hashlib.blake2b(parts, digest_size=16).digest()
+    """The parent of a first page. Requests that differ here never meet.
+
+    Each part's length is hashed too, so that no two triples run together to the same bytes.
+    """
+    root = hashlib.blake2b(digest_size=HASH_BYTES)
+    for part in (fingerprint, tenant, salt):
+        raw = part.encode()
+        root.update(len(raw).to_bytes(8, "little"))
+        root.update(raw)
+    return root.digest()
 
 
 def page_hash(parent: Hash, tokens: U32) -> Hash:
-    return hashlib.blake2b(parent + tokens.astype("<u4").tobytes(), digest_size=16).digest()
+    """tokens: u32 [page_size]."""
+    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=HASH_BYTES).digest()
 
 
-def chain(root: Hash, tokens: U32, page_size: int) -> list[Hash]:
-    """The hash of every whole page of `tokens`, in order."""
-    hashes: list[Hash] = []
-    parent = root
-    for start in range(0, len(tokens) - page_size + 1, page_size):
-        parent = page_hash(parent, tokens[start : start + page_size])
-        hashes.append(parent)
-    return hashes
-
-
-def to_words(value: Hash) -> tuple[int, int]:
-    return int.from_bytes(value[:8], "little"), int.from_bytes(value[8:], "little")
+def to_words(value: Hash) -> U64:
+    """u64 [2]."""
+    return np.frombuffer(value, np.uint64)
 
 
 def from_words(words: U64) -> Hash:
-    return np.asarray(words, "<u8").tobytes()
+    """words: u64 [2]."""
+    return words.tobytes()
+
+
+class PrefixIndex:
+    """hash -> its lowest sealed page; further pages with the same contents wait behind it.
+
+    Two requests that compute the same prefix at the same time make such twins.
+    """
+
+    def __init__(self) -> None:
+        self._lowest: dict[Hash, int] = {}
+        self._others: dict[Hash, list[int]] = {}  # ascending
+
+    def get(self, content: Hash) -> int | None:
+        return self._lowest.get(content)
+
+    def add(self, content: Hash, page: int) -> None:
+        lowest = self._lowest.setdefault(content, page)
+        if lowest == page:
+            return
+        self._lowest[content] = min(lowest, page)
+        insort(self._others.setdefault(content, []), max(lowest, page))
+
+    def remove(self, content: Hash, page: int) -> None:
+        """The page is about to hold something else."""
+        others = self._others.get(content, [])
+        if self._lowest[content] != page:
+            others.remove(page)
+        elif others:
+            self._lowest[content] = others.pop(0)
+        else:
+            del self._lowest[content]
+        if not others:
+            self._others.pop(content, None)
+
+    def snapshot(self) -> dict[Hash, tuple[int, ...]]:
+        """All pages of each hash, ascending."""
+        return {content: (page, *self._others.get(content, ())) for content, page in self._lowest.items()}

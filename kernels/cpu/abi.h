@@ -1,0 +1,76 @@
+// The C interface of the native kernels: plain structs, checked on load by version and size.
+#pragma once
+#include <stdint.h>
+
+#define PAGEHOLD_ABI_VERSION 1u
+
+#define PAGEHOLD_API __attribute__((visibility("default")))
+
+extern "C" {
+
+// Linear weights are bfloat16 in panels [N/32][K/2][32][2]; see packing.py.
+struct PhLayer {
+  const float* attention_norm;           // [hidden]
+  const uint16_t* qkv;                   // panels, rows q | k | v
+  const float* qkv_bias;                 // [(heads + 2 kv_heads) head_dim] or null
+  const float* q_norm;                   // [head_dim] or null
+  const float* k_norm;                   // [head_dim] or null
+  const uint16_t* attention_output;      // panels
+  const float* mlp_norm;                 // [hidden]
+  const uint16_t* gate_up;               // panels, gate and up alternating
+  const uint16_t* down;                  // panels
+};
+
+struct PhModel {
+  uint32_t abi_version, struct_size;
+  uint32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, max_positions;
+  uint32_t sliding_window;  // positions that a query sees, itself included; 0: all
+  float rms_norm_eps, logit_softcap;
+  uint32_t kv_bfloat16;      // element type of the pages; else float32
+  uint32_t bfloat16_inputs;  // round the inputs of linears where the instruction set multiplies bfloat16
+  const float* rope_cos;     // [max_positions, head_dim / 2]
+  const float* rope_sin;
+  const uint16_t* embedding;  // row-major [vocab, hidden]; null: the rows of output_head
+  const uint16_t* output_head;
+  const float* final_norm;
+  const PhLayer* layer;  // [layers]
+};
+
+struct PhSampling {
+  uint64_t seed;
+  float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+  uint32_t top_k, output_index, prompt_length, min_tokens, want_logprob;
+  uint32_t biases, suppressed;
+  const uint32_t* bias_ids;        // [biases]
+  const float* bias_values;        // [biases]
+  const uint32_t* suppressed_ids;  // [suppressed]; not sampled while the output is shorter than min_tokens
+};
+
+// Positions [start, start + count) of one sequence.
+struct PhChunk {
+  const uint32_t* tokens;  // [.. start + count), by position
+  const uint64_t* row;     // block table: page id in the low half of each entry
+  const PhSampling* sampling;
+  uint32_t start, count, write_from, sample;
+};
+
+struct PhPool {
+  uint8_t* base;  // [pages][layer][k, v][kv_head][page_size][head_dim]
+  uint64_t pages;
+  uint32_t page_size;
+};
+
+struct PhEngine;
+
+// isa: "portable", "avx2", "avx512bf16", or null for the best. On failure returns null and sets *error.
+PAGEHOLD_API PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* isa, const char** error);
+PAGEHOLD_API void pagehold_destroy(PhEngine* engine);
+PAGEHOLD_API void pagehold_map_pool(PhEngine* engine, const PhPool* pool);
+// Space-separated names of the instruction sets that this machine can run.
+PAGEHOLD_API const char* pagehold_isas(void);
+PAGEHOLD_API const char* pagehold_isa(const PhEngine* engine);
+// Computes all chunks. tokens, logprobs: [chunks]. all_logits: null, or [positions of all chunks, vocab].
+// Returns 0, or 1 when memory ran out.
+PAGEHOLD_API int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
+                  float* all_logits);
+}

@@ -1,0 +1,310 @@
+// One C call runs a whole step: embedding, layers, output head, sampling.
+//
+// A layer is five joins: qkv, (append and) attention, attention output, gate/up, down. Pieces are
+// smaller than a thread's share, so that a thread that loses its processor delays one piece.
+
+#include <immintrin.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "sampling.h"
+#include "threads.h"
+
+namespace {
+
+// Page-aligned memory that only grows; zeroed when it does, so that padding is zero.
+class Buffer {
+ public:
+  ~Buffer() { free(data_); }
+  template <class T>
+  T* get(size_t count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      if (posix_memalign(&data_, 64, bytes) != 0) throw std::bad_alloc();
+      memset(data_, 0, bytes);
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512bf16() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512bf16");
+}
+
+const IsaTable* choose(const char* isa, bool bfloat16_inputs) {
+#ifdef PAGEHOLD_EMULATE
+  if (isa != nullptr && strcmp(isa, "avx512bf16") == 0) return avx512bf16_table(bfloat16_inputs);
+#endif
+  const bool any = isa == nullptr;
+  if ((any || strcmp(isa, "avx512bf16") == 0) && has_avx512bf16()) return avx512bf16_table(bfloat16_inputs);
+  if ((any || strcmp(isa, "avx2") == 0) && has_avx2()) return avx2_table(bfloat16_inputs);
+  if (any || strcmp(isa, "portable") == 0) return portable_table(bfloat16_inputs);
+  return nullptr;
+}
+
+uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+struct QueryBlock {
+  uint32_t chunk, kv_head, first, last;
+};
+
+}  // namespace
+
+struct PhEngine {
+  PhModel model;
+  std::vector<PhLayer> layers;
+  PhPool pool{};
+  const IsaTable* isa;
+  ThreadPool threads;
+  Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, head_out;
+  std::vector<uint32_t> row_of;  // first activation row of each chunk
+  std::vector<QueryBlock> blocks;
+  std::vector<uint32_t> sampled;  // chunks that sample
+
+  PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
+      : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count) {
+    model.layer = layers.data();
+  }
+
+  uint32_t attention_scratch() const {
+    const uint32_t padded = (model.head_dim + 15) / 16 * 16, group = model.heads / model.kv_heads;
+    const uint32_t floats = 2 * kTile * padded + kQueryBlock * group * (2 * padded + 2);
+    return (floats + 15) / 16 * 16;
+  }
+
+  template <class F>
+  void parallel(uint32_t pieces, F&& f) {
+    auto* job = &f;
+    threads.run(
+        pieces, [](void* j, uint32_t piece, uint32_t thread) { (*static_cast<decltype(job)>(j))(piece, thread); }, job);
+  }
+
+  // Panels in pieces: about four for each thread, and never less than what one claim is worth.
+  template <class F>
+  void over_panels(uint32_t panels, uint32_t rows, F&& f) {
+    const uint32_t wanted = threads.size() == 1 ? 1 : threads.size() * 4;
+    const uint32_t least = rows <= 2 ? 2 : 1;
+    uint32_t size = ceil_div(panels, wanted);
+    if (size < least) size = least;
+    if (panels > 1000) size = 16;  // the output head: many even pieces
+    parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t) {
+      const uint32_t first = piece * size;
+      f(first, first + size < panels ? first + size : panels);
+    });
+  }
+
+  void embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride);
+  void norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride);
+  void layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint32_t rows, float* x);
+  void attention(uint32_t index, const PhChunk* chunks, uint32_t count);
+  int step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits);
+};
+
+void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride) {
+  const uint32_t hidden = model.hidden, pairs = ceil_div(hidden, 2);
+  for (uint32_t c = 0; c < count; ++c) {
+    for (uint32_t i = 0; i < chunks[c].count; ++i) {
+      const uint32_t token = chunks[c].tokens[chunks[c].start + i];
+      float* out = x + size_t{row_of[c] + i} * stride;
+      for (uint32_t k = 0; k < hidden; ++k) {
+        const uint16_t half =
+            model.embedding != nullptr
+                ? model.embedding[size_t{token} * hidden + k]
+                : model.output_head[(size_t{token / 32} * pairs + k / 2) * 64 + token % 32 * 2 + k % 2];
+        const uint32_t bits = uint32_t{half} << 16;
+        memcpy(out + k, &bits, 4);
+      }
+    }
+  }
+}
+
+// Into `normed`, in the type that linears take.
+void PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride) {
+  uint8_t* out = normed.get<uint8_t>(size_t{rows} * stride * isa->input_size);
+  const uint32_t size = rows <= 4 ? rows : ceil_div(rows, threads.size() * 4);
+  parallel(ceil_div(rows, size), [&](uint32_t piece, uint32_t) {
+    for (uint32_t r = piece * size; r < rows && r < (piece + 1) * size; ++r)
+      isa->norm(x + size_t{r} * stride, weight, model.hidden, stride, model.rms_norm_eps,
+                out + size_t{r} * stride * isa->input_size);
+  });
+}
+
+void PhEngine::attention(uint32_t index, const PhChunk* chunks, uint32_t count) {
+  const uint32_t qkv_stride = pad32((model.heads + 2 * model.kv_heads) * model.head_dim);
+  const uint32_t out_stride = pad32(model.heads * model.head_dim);
+  float* projected = qkv.get<float>(0);
+  uint8_t* out = attended.get<uint8_t>(0);
+  const uint32_t scratch_size = attention_scratch();
+  float* memory = scratch.get<float>(0);
+  auto job_of = [&](const QueryBlock& block) {
+    return Attention{&model,
+                     &pool,
+                     chunks + block.chunk,
+                     projected + size_t{row_of[block.chunk]} * qkv_stride,
+                     qkv_stride,
+                     out + size_t{row_of[block.chunk]} * out_stride * isa->input_size,
+                     out_stride,
+                     index,
+                     block.kv_head,
+                     block.first,
+                     block.last};
+  };
+  bool decodes_only = true;
+  for (uint32_t c = 0; c < count; ++c) decodes_only = decodes_only && chunks[c].count == 1;
+  auto append = [&](const Attention& job) {
+    for (uint32_t i = job.first; i < job.last; ++i) isa->append(&job, job.chunk->start + i);
+  };
+  // A later block of a chunk reads what an earlier one appends: they join in between.
+  if (!decodes_only)
+    parallel(static_cast<uint32_t>(blocks.size()), [&](uint32_t piece, uint32_t) { append(job_of(blocks[piece])); });
+  parallel(static_cast<uint32_t>(blocks.size()), [&](uint32_t piece, uint32_t thread) {
+    const Attention job = job_of(blocks[piece]);
+    if (decodes_only) append(job);
+    isa->attend(&job, memory + size_t{thread} * scratch_size);
+  });
+}
+
+void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint32_t rows, float* x) {
+  const PhLayer& w = layers[index];
+  const uint32_t stride = pad32(model.hidden);
+  const uint32_t qkv_outputs = (model.heads + 2 * model.kv_heads) * model.head_dim;
+  const uint32_t head_outputs = model.heads * model.head_dim;
+
+  norm_rows(x, w.attention_norm, rows, stride);
+  const Linear qkv_job{normed.get<uint8_t>(0), rows,        stride,         ceil_div(model.hidden, 2), w.qkv,
+                       qkv.get<float>(0),      nullptr,     pad32(qkv_outputs), w.qkv_bias,            qkv_outputs};
+  over_panels(ceil_div(qkv_outputs, 32), rows, [&](uint32_t a, uint32_t b) { isa->linear(&qkv_job, a, b); });
+
+  attention(index, chunks, count);
+
+  const Linear out_job{attended.get<uint8_t>(0), rows,    pad32(head_outputs), ceil_div(head_outputs, 2),
+                       w.attention_output,       x,       nullptr,             stride,
+                       nullptr,                  model.hidden};
+  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_add(&out_job, a, b); });
+
+  norm_rows(x, w.mlp_norm, rows, stride);
+  const uint32_t inner = pad32(model.intermediate);
+  const Linear gate_job{normed.get<uint8_t>(0), rows,  stride,  ceil_div(model.hidden, 2), w.gate_up, nullptr,
+                        product.get<uint8_t>(0), inner, nullptr, 0};
+  over_panels(inner / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_gate_up(&gate_job, a, b); });
+
+  const Linear down_job{product.get<uint8_t>(0), rows,   inner,   ceil_div(model.intermediate, 2), w.down, x,
+                        nullptr,                 stride, nullptr, model.hidden};
+  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_add(&down_job, a, b); });
+}
+
+int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits) {
+  const uint32_t stride = pad32(model.hidden), vocab_stride = pad32(model.vocab);
+  uint32_t rows = 0;
+  row_of.clear();
+  blocks.clear();
+  sampled.clear();
+  for (uint32_t c = 0; c < count; ++c) {
+    row_of.push_back(rows);
+    rows += chunks[c].count;
+    if (chunks[c].sample) sampled.push_back(c);
+    for (uint32_t first = 0; first < chunks[c].count; first += kQueryBlock)
+      for (uint32_t head = 0; head < model.kv_heads; ++head)
+        blocks.push_back({c, head, first, first + kQueryBlock < chunks[c].count ? first + kQueryBlock : chunks[c].count});
+  }
+  float* x = residual.get<float>(size_t{rows} * stride);
+  qkv.get<float>(size_t{rows} * pad32((model.heads + 2 * model.kv_heads) * model.head_dim));
+  attended.get<uint8_t>(size_t{rows} * pad32(model.heads * model.head_dim) * isa->input_size);
+  product.get<uint8_t>(size_t{rows} * pad32(model.intermediate) * isa->input_size);
+  scratch.get<float>(size_t{attention_scratch()} * threads.size());
+
+  embed(chunks, count, x, stride);
+  for (uint32_t index = 0; index < model.layers; ++index) layer(index, chunks, count, rows, x);
+
+  // Rows whose logits are wanted, side by side: all of them for a test, else the last of each sampling chunk.
+  const uint32_t wanted = all_logits != nullptr ? rows : static_cast<uint32_t>(sampled.size());
+  for (uint32_t c = 0; c < count; ++c) {
+    tokens[c] = 0;
+    logprobs[c] = 0;
+  }
+  if (wanted == 0) return 0;
+  uint8_t* inputs = head_input.get<uint8_t>(size_t{wanted} * stride * isa->input_size);
+  for (uint32_t i = 0; i < wanted; ++i) {
+    const uint32_t row = all_logits != nullptr ? i : row_of[sampled[i]] + chunks[sampled[i]].count - 1;
+    isa->norm(x + size_t{row} * stride, model.final_norm, model.hidden, stride, model.rms_norm_eps,
+              inputs + size_t{i} * stride * isa->input_size);
+  }
+  float* out = logits.get<float>(size_t{wanted} * vocab_stride);
+  const Linear head_job{inputs, wanted,  stride,       ceil_div(model.hidden, 2), model.output_head,
+                        out,    nullptr, vocab_stride, nullptr,                   model.vocab};
+  over_panels(ceil_div(model.vocab, 32), wanted, [&](uint32_t a, uint32_t b) { isa->linear(&head_job, a, b); });
+  if (all_logits != nullptr) {
+    for (uint32_t i = 0; i < wanted; ++i)
+      memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);
+    return 0;
+  }
+  parallel(wanted, [&](uint32_t i, uint32_t) {
+    const PhChunk& chunk = chunks[sampled[i]];
+    const Sampled result = sample(out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens,
+                                  chunk.start + chunk.count);
+    tokens[sampled[i]] = result.token;
+    logprobs[sampled[i]] = result.logprob;
+  });
+  return 0;
+}
+
+extern "C" {
+
+const char* pagehold_isas(void) {
+  static const std::string names =
+      std::string("portable") + (has_avx2() ? " avx2" : "") + (has_avx512bf16() ? " avx512bf16" : "");
+  return names.c_str();
+}
+
+PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* isa, const char** error) {
+  *error = nullptr;
+  if (model->abi_version != PAGEHOLD_ABI_VERSION || model->struct_size != sizeof(PhModel)) {
+    *error = "the native library is of another version than the Python package: run `pip install .` again";
+    return nullptr;
+  }
+  const IsaTable* table = choose(isa, model->bfloat16_inputs != 0);
+  if (table == nullptr) {
+    *error = "this processor lacks the instruction set that was asked for";
+    return nullptr;
+  }
+  try {
+    return new PhEngine(model, threads == 0 ? 1 : threads, table);
+  } catch (const std::exception&) {
+    *error = "out of memory or threads";
+    return nullptr;
+  }
+}
+
+void pagehold_destroy(PhEngine* engine) { delete engine; }
+
+void pagehold_map_pool(PhEngine* engine, const PhPool* pool) { engine->pool = *pool; }
+
+const char* pagehold_isa(const PhEngine* engine) { return engine->isa->name; }
+
+int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
+                  float* all_logits) {
+  try {
+    return engine->step(chunks, count, tokens, logprobs, all_logits);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+}

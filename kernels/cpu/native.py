@@ -1,0 +1,256 @@
+"""The native library through ctypes: structs as in abi.h, and one class for a model that can step."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+ABI_VERSION: Final = 1
+
+
+class NativeError(Exception):
+    """The library is missing, does not fit, or ran out of memory; the message says what to do."""
+
+
+class _Layer(Structure):
+    _fields_ = [
+        (name, c_void_p)
+        for name in (
+            "attention_norm",
+            "qkv",
+            "qkv_bias",
+            "q_norm",
+            "k_norm",
+            "attention_output",
+            "mlp_norm",
+            "gate_up",
+            "down",
+        )
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_uint32) for name in ("abi_version", "struct_size", "layers", "hidden", "heads", "kv_heads")),
+        *((name, c_uint32) for name in ("head_dim", "intermediate", "vocab", "max_positions", "sliding_window")),
+        *((name, c_float) for name in ("rms_norm_eps", "logit_softcap")),
+        *((name, c_uint32) for name in ("kv_bfloat16", "bfloat16_inputs")),
+        *((name, c_void_p) for name in ("rope_cos", "rope_sin", "embedding", "output_head", "final_norm", "layer")),
+    ]
+
+
+class _Sampling(Structure):
+    _fields_ = [
+        ("seed", c_uint64),
+        *((name, c_float) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
+        *((name, c_float) for name in ("presence_penalty", "frequency_penalty")),
+        *((name, c_uint32) for name in ("top_k", "output_index", "prompt_length", "min_tokens", "want_logprob")),
+        *((name, c_uint32) for name in ("biases", "suppressed")),
+        *((name, c_void_p) for name in ("bias_ids", "bias_values", "suppressed_ids")),
+    ]
+
+
+class _Pool(Structure):
+    _fields_ = [("base", c_void_p), ("pages", c_uint64), ("page_size", c_uint32)]
+
+
+# One row of the chunk array that a step takes; the same layout as PhChunk.
+CHUNK: Final = np.dtype(
+    [
+        ("tokens", np.uint64),
+        ("row", np.uint64),
+        ("sampling", np.uint64),
+        ("start", np.uint32),
+        ("count", np.uint32),
+        ("write_from", np.uint32),
+        ("sample", np.uint32),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the kernels need to know of a decoder."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_positions: int
+    rms_norm_eps: float
+    sliding_window: int
+    logit_softcap: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFields:
+    """Resolved sampling of one sequence; arrays are kept alive by `NativeSampling`."""
+
+    seed: int
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    output_index: int
+    prompt_length: int
+    min_tokens: int
+    logprobs: bool
+    bias: tuple[tuple[int, float], ...]
+    suppressed: tuple[int, ...]
+
+
+class NativeSampling:
+    """One sequence's sampling as the library reads it, at a fixed address."""
+
+    __slots__ = ("_arrays", "_struct", "address")
+
+    def __init__(self, fields: SamplingFields) -> None:
+        ids = np.array([v for v, _ in fields.bias], np.uint32)
+        values = np.array([value for _, value in fields.bias], np.float32)
+        suppressed = np.array(fields.suppressed, np.uint32)
+        self._arrays = (ids, values, suppressed)
+        self._struct = _Sampling(
+            seed=fields.seed,
+            temperature=fields.temperature,
+            top_p=fields.top_p,
+            min_p=fields.min_p,
+            repetition_penalty=fields.repetition_penalty,
+            presence_penalty=fields.presence_penalty,
+            frequency_penalty=fields.frequency_penalty,
+            top_k=fields.top_k,
+            output_index=fields.output_index,
+            prompt_length=fields.prompt_length,
+            min_tokens=fields.min_tokens,
+            want_logprob=fields.logprobs,
+            biases=len(ids),
+            suppressed=len(suppressed),
+            bias_ids=ids.ctypes.data,
+            bias_values=values.ctypes.data,
+            suppressed_ids=suppressed.ctypes.data,
+        )
+        self.address = ctypes.addressof(self._struct)
+
+
+@cache
+def library(path: Path | None = None) -> Any:
+    """The shared library, built by the package. Raises NativeError."""
+    path = path or Path(__file__).parent / "libpagehold_cpu.so"
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"the native kernels cannot be loaded ({path.name}): run `pip install .` again") from error
+    loaded.pagehold_create.restype = c_void_p
+    loaded.pagehold_create.argtypes = [c_void_p, c_uint32, c_char_p, POINTER(c_char_p)]
+    loaded.pagehold_destroy.argtypes = [c_void_p]
+    loaded.pagehold_map_pool.argtypes = [c_void_p, c_void_p]
+    loaded.pagehold_isas.restype = c_char_p
+    loaded.pagehold_isa.restype = c_char_p
+    loaded.pagehold_isa.argtypes = [c_void_p]
+    loaded.pagehold_step.restype = c_int
+    loaded.pagehold_step.argtypes = [c_void_p, c_void_p, c_uint32, c_void_p, c_void_p, c_void_p]
+    return loaded
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this machine can run, the plainest first."""
+    return str(library().pagehold_isas().decode()).split()
+
+
+class NativeModel:
+    """A model ready to step. Tensors and tables are referenced, not copied: the caller's mapping must live."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        tensors: dict[str, npt.NDArray[np.generic]],
+        inverse_frequencies: npt.NDArray[np.float32],
+        dtype: str,
+        kv_dtype: str,
+        threads: int,
+        isa: str | None = None,
+        library_path: Path | None = None,
+    ) -> None:
+        """tensors: by the names of a packed model, in place. Raises NativeError."""
+        self._library = library(library_path)
+        angles = np.arange(shape.max_positions, dtype=np.float32)[:, None] * inverse_frequencies
+        cosine, sine = np.cos(angles), np.sin(angles)
+        layers = (_Layer * shape.layers)()
+        for number, layer in enumerate(layers):
+            for name, _ in _Layer._fields_:
+                tensor = tensors.get(f"layers.{number}.{name}")
+                setattr(layer, name, None if tensor is None else tensor.ctypes.data)
+        self._kept = (tensors, cosine, sine, layers)
+        model = _Model(
+            abi_version=ABI_VERSION,
+            struct_size=ctypes.sizeof(_Model),
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=shape.intermediate,
+            vocab=shape.vocab,
+            max_positions=shape.max_positions,
+            sliding_window=shape.sliding_window,
+            rms_norm_eps=shape.rms_norm_eps,
+            logit_softcap=shape.logit_softcap,
+            kv_bfloat16=kv_dtype == "bfloat16",
+            bfloat16_inputs=dtype == "bfloat16",
+            rope_cos=cosine.ctypes.data,
+            rope_sin=sine.ctypes.data,
+            embedding=None if shape.tied_embeddings else tensors["embedding"].ctypes.data,
+            output_head=tensors["output_head"].ctypes.data,
+            final_norm=tensors["final_norm"].ctypes.data,
+            layer=ctypes.addressof(layers),
+        )
+        error = c_char_p()
+        self._engine = self._library.pagehold_create(byref(model), threads, isa.encode() if isa else None, byref(error))
+        if not self._engine:
+            message = error.value.decode() if error.value else "unknown"
+            raise NativeError(f"{message} (asked for {isa}, this machine has {', '.join(available_isas())})")
+        self.isa = str(self._library.pagehold_isa(self._engine).decode())
+        self.vocab = shape.vocab
+
+    def map_pool(self, address: int, pages: int, page_size: int) -> None:
+        """address: of [pages][layer][k, v][kv_head][page_size][head_dim]."""
+        self._library.pagehold_map_pool(self._engine, byref(_Pool(base=address, pages=pages, page_size=page_size)))
+
+    def step(
+        self, chunks: npt.NDArray[np.void], tokens: npt.NDArray[np.uint32], logprobs: npt.NDArray[np.float32]
+    ) -> None:
+        """chunks: CHUNK [n]; tokens, logprobs: [n], written. Raises NativeError when memory runs out."""
+        if self._library.pagehold_step(
+            self._engine, chunks.ctypes.data, len(chunks), tokens.ctypes.data, logprobs.ctypes.data, None
+        ):
+            raise NativeError("out of memory in a step")
+
+    def logits(self, chunks: npt.NDArray[np.void]) -> npt.NDArray[np.float32]:
+        """Like `step`, with the logits of every position: float32 [positions, vocab]."""
+        tokens, logprobs = np.zeros(len(chunks), np.uint32), np.zeros(len(chunks), np.float32)
+        out = np.empty((int(chunks["count"].sum()), self.vocab), np.float32)
+        if self._library.pagehold_step(
+            self._engine, chunks.ctypes.data, len(chunks), tokens.ctypes.data, logprobs.ctypes.data, out.ctypes.data
+        ):
+            raise NativeError("out of memory in a step")
+        return out
+
+    def close(self) -> None:
+        if self._engine:
+            self._library.pagehold_destroy(self._engine)
+            self._engine = None

@@ -1,0 +1,11 @@
+// Sampling, the same on every instruction set: one pure function of logits, tokens and parameters.
+#pragma once
+#include "abi.h"
+
+struct Sampled {
+  uint32_t token;
+  float logprob;
+};
+
+// logits: float [vocab], changed in place. tokens: by position, `known` of them; the result is the token at `known`.
+Sampled sample(float* logits, uint32_t vocab, const PhSampling& params, const uint32_t* tokens, uint32_t known);

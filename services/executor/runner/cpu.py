@@ -1,0 +1,98 @@
+"""The native CPU runner: fills one array of chunks and makes one C call a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.cpu.native import CHUNK, ModelShape, NativeModel, NativeSampling, SamplingFields
+from kvmanager.layout import F32
+from services.executor.modelstore.packed import PackedModel
+from services.executor.runner.base import Chunk, Lane, Runner, StepResult
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """Addresses of what the library reads of a lane."""
+
+    tokens: int
+    row: int
+    sampling: NativeSampling
+
+
+class CpuRunner(Runner):
+    """dtype: of the arithmetic. kv_dtype: of the pages. isa: None takes the best that the machine has."""
+
+    deterministic = True
+
+    def __init__(self, model: PackedModel, dtype: str, kv_dtype: str, threads: int, isa: str | None = None) -> None:
+        spec = model.spec
+        shape = ModelShape(
+            layers=spec.layers,
+            hidden=spec.hidden_size,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            intermediate=spec.intermediate_size,
+            vocab=spec.vocab_size,
+            max_positions=spec.max_position_embeddings,
+            rms_norm_eps=spec.rms_norm_eps,
+            sliding_window=spec.sliding_window,
+            logit_softcap=spec.logit_softcap,
+            tied_embeddings=spec.tied_embeddings,
+            qkv_bias=spec.qkv_bias,
+            qk_norm=spec.qk_norm,
+        )
+        tensors = {name: model.view(name) for name in model.tensors}
+        self._native = NativeModel(shape, tensors, spec.inverse_frequencies(), dtype, kv_dtype, threads, isa)
+        self._pool: np.ndarray | None = None
+        self.isa = self._native.isa
+
+    def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
+        self._pool = np.frombuffer(pool, np.uint8)
+        self._native.map_pool(self._pool.ctypes.data, pages, page_size)
+
+    def prepare(self, lane: Lane) -> None:
+        if lane.row is None:
+            raise ValueError("the lane has no row")
+        asked = lane.sampling
+        sampling = NativeSampling(
+            SamplingFields(
+                seed=asked.seed,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                min_p=asked.min_p,
+                top_k=asked.top_k,
+                repetition_penalty=asked.repetition_penalty,
+                presence_penalty=asked.presence_penalty,
+                frequency_penalty=asked.frequency_penalty,
+                output_index=lane.index,
+                prompt_length=lane.prompt_length,
+                min_tokens=asked.min_tokens,
+                logprobs=asked.logprobs,
+                bias=asked.logit_bias,
+                suppressed=asked.suppressed,
+            )
+        )
+        lane.device = _Prepared(lane.tokens.ctypes.data, lane.row.ctypes.data, sampling)
+
+    def step(self, chunks: list[Chunk]) -> StepResult:
+        tokens, logprobs = np.zeros(len(chunks), np.uint32), np.zeros(len(chunks), np.float32)
+        self._native.step(self._array(chunks), tokens, logprobs)
+        return StepResult(tokens, logprobs)
+
+    def logits(self, chunks: list[Chunk]) -> F32:
+        return self._native.logits(self._array(chunks))
+
+    def close(self) -> None:
+        self._native.close()
+
+    @staticmethod
+    def _array(chunks: list[Chunk]) -> np.ndarray:
+        rows = []
+        for lane, start, count, write_from, sample in chunks:
+            device = lane.device
+            assert isinstance(device, _Prepared), "prepare() comes before the first step"
+            rows.append((device.tokens, device.row, device.sampling.address, start, count, write_from, sample))
+        return np.array(rows, CHUNK)

@@ -127,8 +127,19 @@ def test_killed_anywhere_the_successor_goes_on(root: Path, seed: int) -> None:
     rng = random.Random(seed)
     world = World(root, pages=rng.choice([30, 60, 200]))
     world.lose_replies = rng.random() < 0.5
-    names = [f"executor.{step}" for step in ("ensure.before", "run.before", "run.after", "commit.before",
-                                            "commit.after", "finish.before", "finish.after", "publish.after")]
+    names = [
+        f"executor.{step}"
+        for step in (
+            "ensure.before",
+            "run.before",
+            "run.after",
+            "commit.before",
+            "commit.after",
+            "finish.before",
+            "finish.after",
+            "publish.after",
+        )
+    ]
     lengths = {number: rng.randint(1, 120) for number in range(1, 9)}
     frontend = world.connect()
     for number, length in lengths.items():

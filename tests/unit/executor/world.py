@@ -111,21 +111,28 @@ class World:
         self.requests = Requests(scheduler, self.pool, self.runner, self.state.records, (EOS,))
         self.page_calls = Pages(scheduler, self.requests, self.runner, self.pool, self.prefix_cache)
         progress = Progress(self.state.progress("executor"))
-        self.engine = Engine(
-            self.runner, scheduler, self.requests, self.page_calls, self.inbox, self._send, progress
-        )
+        self.engine = Engine(self.runner, scheduler, self.requests, self.page_calls, self.inbox, self._send, progress)
         self._attach()
 
     def _attach(self) -> None:
         geometry = kv.Geometry(
-            layers=1, kv_heads=1, head_dim=32, page_size=PAGE_SIZE, kv_dtype="bfloat16", layout_id=1,
-            max_model_len=1024, rows=2 * self.limits["max_num_seqs"],
+            layers=1,
+            kv_heads=1,
+            head_dim=32,
+            page_size=PAGE_SIZE,
+            kv_dtype="bfloat16",
+            layout_id=1,
+            max_model_len=1024,
+            rows=2 * self.limits["max_num_seqs"],
         )
         page_bytes = 2 * 32 * PAGE_SIZE * 2
         reply = self.manager.attach(
             kv.AttachRequest(
-                executor_id=self._executor_id, fingerprint="ab" * 32, geometry=geometry,
-                pool_bytes=(self.pages + 1) * page_bytes, prefix_cache=self.prefix_cache,
+                executor_id=self._executor_id,
+                fingerprint="ab" * 32,
+                geometry=geometry,
+                pool_bytes=(self.pages + 1) * page_bytes,
+                prefix_cache=self.prefix_cache,
             )
         )
         assert reply.WhichOneof("reply") == "attach", reply
@@ -156,8 +163,12 @@ class World:
         message = api.GenerateRequest(request_id=name or f"r{stream_id}", **fields)  # type: ignore[arg-type]
         message.sampling.seed = 0
         submit = ex.Submit(
-            stream_id=stream_id, tenant="default", request=message.SerializeToString(), digest=b"d",
-            prompt=prompt, max_tokens=tokens,
+            stream_id=stream_id,
+            tenant="default",
+            request=message.SerializeToString(),
+            digest=b"d",
+            prompt=prompt,
+            max_tokens=tokens,
         )
         self.send(frontend, submit=submit)
 

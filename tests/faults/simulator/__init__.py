@@ -1,0 +1,1 @@
+"""One process, one seed: the manager's core and a scripted executor over the same bytes, killed at every store."""

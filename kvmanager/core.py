@@ -167,6 +167,11 @@ class ManagerCore:
     def has_rows(self, key: str) -> bool:
         return any(row.key == key for row in self.rows.live.values())
 
+    @property
+    def live_rows(self) -> dict[tuple[str, int], Row]:
+        """By (key, output index)."""
+        return self.rows.live
+
     def cached_tokens(self, root: Hash, tokens: U32) -> int:
         """How much of a prompt the index holds now: a look, nothing is pinned. tokens: u32 [n]."""
         return len(self._match(root, tokens)) * self.page_size if self.prefix_cache else 0

@@ -175,8 +175,8 @@ class Tables:
         self.page_hash: U64 = self._words(pages * 2).reshape(pages, 2)
         self.page_parent: U64 = self._words(pages * 2).reshape(pages, 2)
         self.page_used: U64 = self._words(pages)
-        self.page_tokens: U32 = self._words(-(-pages * page_size // 2)).view(np.uint32)[: pages * page_size].reshape(
-            pages, page_size
+        self.page_tokens: U32 = (
+            self._words(-(-pages * page_size // 2)).view(np.uint32)[: pages * page_size].reshape(pages, page_size)
         )
         self.row_word: U64 = self._words(rows)
         self.row_key: U64 = self._words(rows * 2).reshape(rows, 2)
@@ -283,7 +283,9 @@ class RequestLog:
         return LOG_HEADER_WORDS * 8 + outputs * (OUTPUT_WORDS * 8 + column * (2 if logprobs else 1))
 
     @classmethod
-    def create(cls, buffer: memoryview | bytearray, outputs: int, capacity: int, prompt: U32, logprobs: bool) -> RequestLog:
+    def create(
+        cls, buffer: memoryview | bytearray, outputs: int, capacity: int, prompt: U32, logprobs: bool
+    ) -> RequestLog:
         """Fills zeroed bytes: computed 0, known the prompt's length, for every output."""
         header = np.frombuffer(buffer, np.uint64, LOG_HEADER_WORDS)
         header[:6] = (LOG_MAGIC, LAYOUT_VERSION, outputs, capacity, len(prompt), FLAG_LOGPROBS if logprobs else 0)

@@ -112,12 +112,12 @@ class Pages:
         Returns i64 [count].
         """
         taken = np.array([self.free.pop() if self.free else self._evict() for _ in range(count)], np.int64)
+        self.holders[taken] = 1
         if count:
             generations = (self._tables.page_word[taken] >> _GENERATION_SHIFT) + np.uint64(1)
             words = generations << _GENERATION_SHIFT | np.uint64(PageState.FILLING)
             self._memory.put(self._tables.page_word, taken, words)
             self._hit("kvmanager.ensure.page_taken")
-            self.holders[taken] += 1
         return taken
 
     def _evict(self) -> int:
@@ -127,6 +127,7 @@ class Pages:
             if self._is_cached(page) and int(self._tables.page_used[page]) == used:
                 self.index.remove(from_words(self._tables.page_hash[page]), page)
                 self.cached -= 1
+                self.holders[page] = 1  # now, or a second entry of the page would give it out twice
                 return page
 
     def _is_cached(self, page: int) -> bool:

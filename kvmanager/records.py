@@ -1,4 +1,8 @@
-"""The record files: `<key>.log`, then `<key>.req`, whose rename into place is the commit of `open`."""
+"""The record files: `<key>.log`, then `<key>.req`, whose rename into place is the commit of `open`.
+
+.log ──▶ .tmp ──rename──▶ .req          open: a death before the rename leaves nothing that counts
+.req unlinked ──▶ .log unlinked         forget: the first unlink is the commit
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,45 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
+import structlog
+from google.protobuf.message import DecodeError
 
 from kvmanager.core import Source
+from kvmanager.errors import Refusal, Refused
 from kvmanager.layout import RequestLog, request_key
-from kvmanager.prefix import root_hash
+from kvmanager.prefix import Hash, root_hash
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.v1 import inference_pb2 as api
 
+log = structlog.get_logger()
 
-class OtherBody(Exception):
-    """The key is taken by a request with another digest."""
-
-
-class QuotaReached(Exception):
-    """Records and logs are at their byte quota."""
+_MOST_RECORDS: Final = 50_000  # one mapped log each while it is open; the kernel allows a process 65,530
+_FILE_BLOCK: Final = 4096
 
 
 @dataclass(slots=True)
 class Record:
     digest: bytes
-    source: Source
+    root: Hash
     nbytes: int
-    ended_at: float = 0.0  # monotonic seconds when all outputs were first seen ended; 0: not yet
-
-    @property
-    def ended(self) -> bool:
-        return all(output.ended for output in self.source.outputs)
+    logs: Source | None  # None: ended, and not mapped any more
+    ended_at: float | None = None  # monotonic seconds when all outputs were first seen ended
 
 
 class Records:
-    """Every record in the folder, its log mapped read-only."""
+    """Every record in the folder. Logs are mapped read-only: the executor alone writes them."""
 
     def __init__(self, folder: Path, fingerprint: str, quota: int, hit: Callable[[str], None]) -> None:
+        """Adopts what is there, and removes what a death left half-made."""
         self._folder = folder
         self._fingerprint = fingerprint
         self._quota = quota
         self._hit = hit
         self._records: dict[str, Record] = {}
-        self._bytes = 0
+        self._nbytes = 0
         self._adopt()
 
     def __len__(self) -> int:
@@ -57,90 +60,116 @@ class Records:
         return list(self._records)
 
     def source(self, key: str) -> Source | None:
+        """The logs of a record; None when there is no such record."""
         record = self._records.get(key)
-        return record.source if record is not None else None
+        if record is None:
+            return None
+        if record.logs is None:
+            record.logs = Source(self._map(key).outputs, record.root)
+        return record.logs
 
-    def open(self, record: kv.RequestRecord) -> tuple[str, bool]:
-        """Writes the record unless it is there. Returns its key and whether it was.
-
-        Raises OtherBody, QuotaReached, OSError when the tmpfs is full.
-        """
+    def find(self, record: kv.RequestRecord) -> str | None:
+        """The key under which it is kept already. Raises Refused(ALREADY_EXISTS) for another body."""
         key = request_key(record.tenant, record.request_id)
         known = self._records.get(key)
-        if known is not None:
-            if known.digest != record.digest:
-                raise OtherBody(key)
-            return key, True
+        if known is None:
+            return None
+        if known.digest != record.digest:
+            raise Refused(Refusal.ALREADY_EXISTS, f"{key} is in use with another body")
+        return key
+
+    def write(self, record: kv.RequestRecord) -> str:
+        """Makes both files of a new record; returns its key. Raises Refused(QUOTA)."""
+        key = request_key(record.tenant, record.request_id)
         capacity = len(record.prompt) + record.max_tokens
         log_bytes = RequestLog.nbytes(record.outputs, capacity, record.logprobs)
         data = record.SerializeToString()
-        if self._bytes + log_bytes + len(data) > self._quota:
-            raise QuotaReached(f"records hold {self._bytes} of {self._quota} bytes")
+        nbytes = _on_disk(log_bytes) + _on_disk(len(data))
+        if self._nbytes + nbytes > self._quota or len(self._records) >= _MOST_RECORDS:
+            held = f"{len(self._records)} records hold {self._nbytes} of {self._quota} bytes"
+            raise Refused(Refusal.QUOTA, f"{held}, another {nbytes} do not fit; see --record-quota")
         try:
-            self._write(key, record, capacity, log_bytes, data)
-        except OSError:
+            self._write_log(key, record, capacity, log_bytes)
+            self._hit("kvmanager.open.log_written")
+            temporary = self._folder / f"{key}.tmp"
+            temporary.write_bytes(data)
+            self._hit("kvmanager.open.before_rename")
+            temporary.rename(self._folder / f"{key}.req")
+        except OSError as error:
             for suffix in (".log", ".tmp"):
                 (self._folder / f"{key}{suffix}").unlink(missing_ok=True)
-            raise
-        self._remember(key, record, log_bytes + len(data))
+            raise Refused(Refusal.QUOTA, f"cannot write the record: {error.strerror}") from error
+        self._remember(key, record, nbytes)
         self._hit("kvmanager.open.after")
-        return key, False
+        return key
 
-    def _write(self, key: str, record: kv.RequestRecord, capacity: int, log_bytes: int, data: bytes) -> None:
-        fd = os.open(self._folder / f"{key}.log", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    def _write_log(self, key: str, record: kv.RequestRecord, capacity: int, log_bytes: int) -> None:
+        path = self._folder / f"{key}.log"
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, log_bytes)  # a full tmpfs is an error here, not a SIGBUS later
-            with mmap.mmap(fd, log_bytes) as mapped:
-                view = memoryview(mapped)
-                log = RequestLog.create(
-                    view, record.outputs, capacity, np.array(record.prompt, np.uint32), record.logprobs
-                )
-                del log
-                view.release()
+            view = memoryview(mmap.mmap(fd, log_bytes))
         finally:
             os.close(fd)
-        self._hit("kvmanager.open.log_written")
-        temporary = self._folder / f"{key}.tmp"
-        temporary.write_bytes(data)
-        self._hit("kvmanager.open.before_rename")
-        temporary.rename(self._folder / f"{key}.req")
+        prompt = np.fromiter(record.prompt, np.uint32, len(record.prompt))
+        RequestLog.create(view, record.outputs, capacity, prompt, record.logprobs)
 
     def forget(self, key: str) -> None:
-        """Drops the files. A late writer writes into a dead inode."""
+        """Drops the files, if they are there. A late writer writes into a dead inode."""
         record = self._records.pop(key, None)
         if record is not None:
-            self._bytes -= record.nbytes
-        for suffix in (".req", ".log"):  # in this order: a log without a record is nobody's
+            self._nbytes -= record.nbytes
+        for suffix in (".req", ".log"):
             (self._folder / f"{key}{suffix}").unlink(missing_ok=True)
 
+    def ended(self, key: str) -> bool:
+        """Whether every output has its terminal word."""
+        record, source = self._records.get(key), self.source(key)
+        return record is None or source is None or all(output.ended for output in source.outputs)
+
     def expired(self, now: float, ttl: float) -> list[str]:
-        """Keys of records whose outputs all ended at least `ttl` seconds ago."""
+        """Keys of records whose outputs have all been ended for `ttl` seconds. now: monotonic seconds."""
         keys: list[str] = []
         for key, record in self._records.items():
-            if record.ended_at:
-                if now - record.ended_at > ttl:
+            if record.ended_at is not None:
+                if now - record.ended_at >= ttl:
                     keys.append(key)
-            elif record.ended:
+            elif record.logs is None or all(output.ended for output in record.logs.outputs):
                 record.ended_at = now
         return keys
 
+    def unmap_ended(self, in_use: set[str]) -> None:
+        """Ended records keep their files, not their mappings. in_use: keys that have a row."""
+        for key, record in self._records.items():
+            if record.ended_at is not None and key not in in_use:
+                record.logs = None
+
     def _adopt(self) -> None:
+        for path in [*self._folder.glob("*.tmp"), *self._folder.glob("*.log")]:
+            if path.suffix == ".tmp" or not path.with_suffix(".req").exists():
+                path.unlink(missing_ok=True)
         for path in self._folder.glob("*.req"):
-            key = path.stem
             try:
                 data = path.read_bytes()
-                log_path = path.with_suffix(".log")
-                self._remember(key, kv.RequestRecord.FromString(data), len(data) + log_path.stat().st_size)
-            except (FileNotFoundError, ValueError):
-                path.unlink(missing_ok=True)  # killed between the two unlinks of `forget`
-        for path in [*self._folder.glob("*.log"), *self._folder.glob("*.tmp")]:
-            if path.stem not in self._records:
-                path.unlink(missing_ok=True)
+                nbytes = _on_disk(path.with_suffix(".log").stat().st_size) + _on_disk(len(data))
+                self._remember(path.stem, kv.RequestRecord.FromString(data), nbytes)
+            except (OSError, ValueError, DecodeError) as error:
+                # Out of the way, not away: one damaged record must not keep all others from being served.
+                log.error("damaged record set aside", key=path.stem, error=type(error).__name__)
+                path.rename(path.with_suffix(".damaged"))
 
     def _remember(self, key: str, record: kv.RequestRecord, nbytes: int) -> None:
-        with (self._folder / f"{key}.log").open("rb") as file:
-            log = RequestLog(memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
         salt = api.GenerateRequest.FromString(record.request).cache_salt
-        source = Source(log.outputs, root_hash(self._fingerprint, record.tenant, salt))
-        self._records[key] = Record(record.digest, source, nbytes)
-        self._bytes += nbytes
+        root = root_hash(self._fingerprint, record.tenant, salt)
+        source = Source(self._map(key).outputs, root)
+        self._records[key] = Record(record.digest, root, nbytes, source)
+        self._nbytes += nbytes
+
+    def _map(self, key: str) -> RequestLog:
+        with (self._folder / f"{key}.log").open("rb") as file:
+            return RequestLog(memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
+
+
+def _on_disk(nbytes: int) -> int:
+    return -(-nbytes // _FILE_BLOCK) * _FILE_BLOCK

@@ -1,179 +1,204 @@
-"""Calls to the core and replies from it: what a session does, without its transport."""
+"""What the manager does with each call, without its transport: checks, the core, the files."""
 
 from __future__ import annotations
 
 import secrets
 import time
 from collections.abc import Callable
+from typing import Final
 
+import numpy as np
 import structlog
 
 from kvmanager import pool as pools
-from kvmanager.core import ManagerCore, Refusal, Refused
+from kvmanager.core import ManagerCore
+from kvmanager.errors import Refusal, Refused
+from kvmanager.integrity import check_tables
 from kvmanager.layout import Geometry, KvDtype
-from kvmanager.pool import CannotAdopt, NoMemory, Pool
-from kvmanager.records import OtherBody, QuotaReached, Records
+from kvmanager.pool import CannotAdopt, Pool
+from kvmanager.records import Records
 from pagehold.kv.v1 import kv_manager_pb2 as kv
-from pagehold.runtime.lock import read_id
+from pagehold.runtime.lock import FileLock, LockBusy, read_id
 from pagehold.runtime.statedir import StateDir
-
-import numpy as np
 
 log = structlog.get_logger()
 
-_REASONS = {
-    Refusal.NOT_FOUND: kv.ERROR_REASON_NOT_FOUND,
-    Refusal.NO_PAGES: kv.ERROR_REASON_NO_PAGES,
-    Refusal.NO_ROWS: kv.ERROR_REASON_NO_ROWS,
-    Refusal.TOO_LARGE: kv.ERROR_REASON_TOO_LARGE,
-}
+_EXPIRY_SECONDS: Final = 1.0  # how often ended records are looked for
+_MOST_OUTPUTS: Final = 1024  # of one request
 
 
 class Manager:
-    """The daemon's state: a pool, its core and the records, from the first attach on."""
+    """The daemon's state: a pool, its core and the records, from the first attach on.
 
-    def __init__(self, state: StateDir, quota: int, ttl: float, hit: Callable[[str], None]) -> None:
-        """Adopts what an earlier manager left. Raises CannotAdopt."""
+    Everything runs on one thread, a call at a time.
+    """
+
+    def __init__(
+        self,
+        state: StateDir,
+        quota: int,
+        ttl: float,
+        hit: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Adopts what an earlier manager left. quota: bytes of records; ttl: seconds. Raises CannotAdopt."""
         self._state = state
         self._quota = quota
         self._ttl = ttl
         self._hit = hit
+        self._clock = clock
+        self._next_expiry = 0.0
         self.incarnation = secrets.token_bytes(16)
-        self.pool: Pool | None = pools.adopt(state)
+        self.pool: Pool | None = None
         self.core: ManagerCore | None = None
         self.records: Records | None = None
-        if self.pool is not None:
-            hit("kvmanager.adopt.before")
-            self._build(self.pool)
+        hit("kvmanager.adopt.before")
+        pool = pools.adopt(state)
+        if pool is not None:
+            core = self._build(pool)
+            wrong = check_tables(core)
+            if wrong:
+                raise CannotAdopt(f"{state.tables} is damaged: {wrong[0]}; stop everything and start with --discard")
+
+    def _build(self, pool: Pool) -> ManagerCore:
+        self.pool = pool
+        self.records = Records(self._state.records, pool.fingerprint, self._quota, self._hit)
+        self.core = ManagerCore(pool.tables, self.records.source, hit=self._hit, back=pool.back)
+        return self.core
 
     @property
     def epoch(self) -> int:
-        return self.pool.epoch if self.pool is not None else 0
+        return self.core.epoch if self.core is not None else 0
 
     def attach(self, request: kv.AttachRequest) -> kv.Reply:
         """The holder of executor.lock, and nobody else. Makes the pool when there is none."""
-        if len(request.executor_id) != 16 or request.executor_id != read_id(self._state.executor_lock):
-            return _error(kv.ERROR_REASON_STALE_EPOCH, "another executor holds executor.lock")
         try:
-            is_new = self._match_pool(request)
-        except (NoMemory, CannotAdopt) as error:
-            reason = kv.ERROR_REASON_NO_MEMORY if isinstance(error, NoMemory) else kv.ERROR_REASON_WRONG_MODEL
-            return _error(reason, str(error))
-        except OSError as error:
-            return _error(kv.ERROR_REASON_NO_MEMORY, f"cannot make the page pool: {error.strerror}")
+            return kv.Reply(attach=self._attach(request))
+        except Refused as refused:
+            return error_reply(refused)
+
+    def _attach(self, request: kv.AttachRequest) -> kv.AttachResponse:
+        if len(request.executor_id) != 16 or request.executor_id != read_id(self._state.executor_lock):
+            raise Refused(Refusal.STALE_EPOCH, "executor.lock names another executor")
+        asked = _geometry(request)
+        is_new = self.pool is None or not self._serves(self.pool, asked, request.fingerprint)
+        if is_new:
+            self._make_pool(asked, request)
         assert self.pool is not None and self.core is not None and self.records is not None
         self.core.prefix_cache = request.prefix_cache
-        for key, index in list(self.core.live_rows):
-            if self.records.source(key) is None:
-                self.core.close(key, index, 0)
-        self.pool.begin_epoch(request.executor_id)
+        epoch = self.core.attach(request.executor_id)
         self._hit("kvmanager.attach.after")
-        return kv.Reply(
-            attach=kv.AttachResponse(
-                epoch=self.pool.epoch,
-                incarnation=self.incarnation,
-                pool_is_new=is_new,
-                pages=self.pool.geometry.pages,
-                keys=self.records.keys,
-            )
+        return kv.AttachResponse(
+            epoch=epoch,
+            incarnation=self.incarnation,
+            pool_is_new=is_new,
+            pages=self.pool.geometry.pages,
+            keys=self.records.keys,
         )
 
-    def _match_pool(self, request: kv.AttachRequest) -> bool:
-        """Whether a new pool was made. Raises when the one there belongs to another model."""
-        if self.pool is not None:
-            there, wanted = self.pool.geometry, _geometry(request, self.pool.geometry.pages)
-            if there == wanted and self.pool.fingerprint == request.fingerprint:
-                return False
-            if self.records is not None and len(self.records):
-                what = "another model" if self.pool.fingerprint != request.fingerprint else "another page geometry"
-                raise CannotAdopt(
-                    f"the state folder {self._state.root} holds requests of {what}; start with the same model and "
-                    "flags, or drop them with --discard"
-                )
-        geometry = _geometry(request, 0)
-        pages = pools.pages_that_fit(self._state, geometry, request.pool_bytes)
-        self.pool = pools.create(self._state, _geometry(request, pages), request.fingerprint)
-        self._build(self.pool)
-        return True
+    def _serves(self, pool: Pool, asked: Geometry, fingerprint: str) -> bool:
+        """Whether the pool there can be used. False: it may be replaced. Raises Refused(WRONG_MODEL)."""
+        different = _difference(pool, asked, fingerprint)
+        if not different:
+            return True
+        assert self.core is not None and self.records is not None
+        if not len(self.records) and not self.core.live_rows:
+            log.info("pool made anew", different=different)
+            return False
+        raise Refused(
+            Refusal.WRONG_MODEL,
+            f"{self._state.root} holds {len(self.records)} requests of a pool with another {different}; start the "
+            "executor with the same model and flags, or drop them with `pagehold up --discard`",
+        )
 
-    def _build(self, pool: Pool) -> None:
-        self.records = Records(self._state.records, pool.fingerprint, self._quota, self._hit)
-        self.core = ManagerCore(pool.tables, self.records.source, hit=self._hit, back=pool.back)
-        wrong = self.core.check_integrity()
-        if wrong:
-            raise CannotAdopt(f"{self._state.tables} is damaged: {wrong[0]}; start with --discard to drop it")
+    def _make_pool(self, asked: Geometry, request: kv.AttachRequest) -> None:
+        geometry = pools.fitting(self._state, asked, request.pool_bytes)
+        try:
+            self._build(pools.create(self._state, geometry, request.fingerprint))
+        except OSError as error:
+            message = f"cannot make the page pool: {error.strerror}; choose a smaller --kv-memory"
+            raise Refused(Refusal.NO_MEMORY, message) from error
 
     def call(self, call: kv.Call) -> kv.Reply:
         """One call of the attached executor."""
         assert self.core is not None and self.records is not None
         try:
             match call.WhichOneof("call"):
-                case "open":
-                    return self._open(call.open)
                 case "ensure":
-                    ask = call.ensure
-                    granted = self.core.ensure(
-                        ask.key, ask.index, ask.row_generation, ask.capacity, ask.headroom, ask.keep_free
-                    )
-                    return kv.Reply(
-                        ensure=kv.EnsureResponse(
-                            row=granted.row,
-                            row_generation=granted.generation,
-                            capacity=granted.capacity,
-                            cached_tokens=granted.cached,
-                        )
-                    )
+                    return kv.Reply(ensure=_ensure(self.core, call.ensure))
+                case "open":
+                    return kv.Reply(open=self._open(self.core, self.records, call.open.record))
                 case "trim":
-                    self.core.trim(call.trim.key, call.trim.index, call.trim.row_generation, call.trim.capacity)
+                    trim = call.trim
+                    self.core.trim(trim.key, trim.index, trim.row_generation, trim.capacity)
                     return kv.Reply(trim=kv.TrimResponse())
                 case "close":
-                    self.core.close(call.close.key, call.close.index, call.close.row_generation)
+                    close = call.close
+                    self.core.close(close.key, close.index, close.row_generation)
                     return kv.Reply(close=kv.CloseResponse())
                 case "forget":
-                    if self.core.has_rows(call.forget.key):
-                        return _error(kv.ERROR_REASON_INVALID, "the record has live rows: close them first")
-                    self.records.forget(call.forget.key)
+                    self._forget(self.core, self.records, call.forget.key)
                     return kv.Reply(forget=kv.ForgetResponse())
                 case _:
-                    return _error(kv.ERROR_REASON_INVALID, "a call without a kind, or a second attach")
-        except Refused as refusal:
-            return _error(_REASONS[refusal.reason], str(refusal))
+                    raise Refused(Refusal.INVALID, "a call of no known kind")
+        except Refused as refused:
+            return error_reply(refused)
 
-    def _open(self, request: kv.OpenRequest) -> kv.Reply:
-        assert self.core is not None and self.records is not None
-        record = request.record
-        if not record.prompt or not record.outputs or not record.max_tokens:
-            return _error(kv.ERROR_REASON_INVALID, "a record needs a prompt, outputs and max_tokens")
-        try:
-            key, existed = self.records.open(record)
-        except OtherBody:
-            return _error(kv.ERROR_REASON_ALREADY_EXISTS, "the id is in use with another body")
-        except QuotaReached as error:
-            return _error(kv.ERROR_REASON_QUOTA, str(error))
-        except OSError as error:
-            return _error(kv.ERROR_REASON_QUOTA, f"cannot write the record: {error.strerror}")
-        source = self.records.source(key)
+    def _open(self, core: ManagerCore, records: Records, record: kv.RequestRecord) -> kv.OpenResponse:
+        found = records.find(record)
+        if found is None:
+            _check_record(core, record)
+            key = records.write(record)
+        else:
+            key = found
+        source = records.source(key)
         assert source is not None
-        cached = self.core.cached_tokens(source.root, np.array(record.prompt, np.uint32))
-        return kv.Reply(open=kv.OpenResponse(key=key, existed=existed, cached_tokens=cached))
+        output = source.outputs[0]
+        cached = core.cached_tokens(source.root, output.tokens[: output.prompt_length])
+        return kv.OpenResponse(key=key, existed=found is not None, cached_tokens=cached)
 
-    def sweep(self) -> None:
-        """Between calls: seals what was filled, forgets what is long over."""
+    def _forget(self, core: ManagerCore, records: Records, key: str) -> None:
+        if core.has_rows(key):
+            raise Refused(Refusal.INVALID, f"{key} has live rows: close them first")
+        if not records.ended(key):
+            raise Refused(Refusal.INVALID, f"{key} has outputs that have not ended")
+        records.forget(key)
+
+    def sweep(self) -> int:
+        """Between calls: seals what was filled, forgets what is long over. Returns how many pages were sealed."""
         if self.core is None or self.records is None:
-            return
-        self.core.seal_all()
-        for key in self.records.expired(time.monotonic(), self._ttl):
-            if not self.core.has_rows(key):
-                self.records.forget(key)
+            return 0
+        sealed = self.core.seal_all()
+        now = self._clock()
+        if now >= self._next_expiry:
+            self._next_expiry = now + _EXPIRY_SECONDS
+            for key in self.records.expired(now, self._ttl):
+                if not self.core.has_rows(key) or self._close_orphans(self.core, key):
+                    self.records.forget(key)
+            self.records.unmap_ended({key for key, _ in self.core.live_rows})
+        return sealed
+
+    def _close_orphans(self, core: ManagerCore, key: str) -> bool:
+        """Closes the rows of a record whose executor is proved dead; False while one may live."""
+        lock = FileLock(self._state.executor_lock)
+        try:
+            lock.acquire()
+        except LockBusy:
+            return False
+        try:
+            core.close_all(key)
+        finally:
+            lock.release()
+        return True
 
     def stats(self, attached: bool) -> kv.GetStatsResponse:
         if self.core is None or self.records is None:
             return kv.GetStatsResponse(incarnation=self.incarnation)
         pages = self.core.pages
         return kv.GetStatsResponse(
-            pages=pages.count - 1,
+            pages=pages.usable,
             free_pages=pages.available,
-            cached_pages=pages.available - len(pages.free),
+            cached_pages=pages.cached,
             shared_pages=int(np.count_nonzero(pages.holders > 1)),
             rows=len(self.core.live_rows),
             records=len(self.records),
@@ -185,20 +210,75 @@ class Manager:
         )
 
 
-def _geometry(request: kv.AttachRequest, pages: int) -> Geometry:
+def error_reply(refused: Refused) -> kv.Reply:
+    return kv.Reply(error=kv.Error(reason=f"ERROR_REASON_{refused.reason.name}", message=str(refused)))
+
+
+def _ensure(core: ManagerCore, ask: kv.EnsureRequest) -> kv.EnsureResponse:
+    granted = core.ensure(ask.key, ask.index, ask.row_generation, ask.capacity, ask.headroom, ask.keep_free)
+    return kv.EnsureResponse(
+        row=granted.row,
+        row_generation=granted.generation,
+        capacity=granted.capacity,
+        cached_tokens=granted.cached,
+    )
+
+
+def _check_record(core: ManagerCore, record: kv.RequestRecord) -> None:
+    """Raises Refused for what could never be served."""
+    if not record.prompt or not record.max_tokens or not record.digest or not 0 < record.outputs <= _MOST_OUTPUTS:
+        message = f"a record needs a digest, a prompt, max_tokens and 1 to {_MOST_OUTPUTS} outputs"
+        raise Refused(Refusal.INVALID, message)
+    # The last token is never fed, so it needs no place.
+    tokens = len(record.prompt) + record.max_tokens - 1
+    for limit, what in ((core.rows.capacity, "a row"), (core.pages.usable, "the page pool")):
+        if tokens > limit * core.page_size:
+            message = f"prompt and max_tokens need {tokens} tokens, {what} holds {limit * core.page_size}"
+            raise Refused(Refusal.TOO_LARGE, message)
+
+
+def _geometry(request: kv.AttachRequest) -> Geometry:
+    """What the executor asks for, with no pages yet. Raises Refused(INVALID)."""
     asked = request.geometry
+    try:
+        kv_dtype = KvDtype[asked.kv_dtype.upper()]
+        fingerprint = bytes.fromhex(request.fingerprint)
+    except (KeyError, ValueError):
+        kv_dtype, fingerprint = KvDtype.FLOAT32, b""
+    sizes = (asked.rows, asked.page_size, asked.layers, asked.kv_heads, asked.head_dim, asked.max_model_len)
+    if len(fingerprint) != 32 or not all(sizes):
+        raise Refused(
+            Refusal.INVALID, "attach needs a fingerprint of 64 hex digits, a kv_dtype and all sizes of the geometry"
+        )
     return Geometry(
-        pages=pages,
+        pages=0,
         rows=asked.rows,
         page_size=asked.page_size,
         layers=asked.layers,
         kv_heads=asked.kv_heads,
         head_dim=asked.head_dim,
-        kv_dtype=KvDtype[asked.kv_dtype.upper()],
+        kv_dtype=kv_dtype,
         layout_id=asked.layout_id,
         max_model_len=asked.max_model_len,
     )
 
 
-def _error(reason: kv.ErrorReason, message: str) -> kv.Reply:
-    return kv.Reply(error=kv.Error(reason=reason, message=message))
+def _difference(pool: Pool, asked: Geometry, fingerprint: str) -> str:
+    """What keeps an executor from using the pool, in words; empty when nothing does.
+
+    Shorter contexts and fewer rows than the tables have are fine.
+    """
+    there = pool.geometry
+    differences = (
+        ("model", pool.fingerprint != fingerprint.lower()),
+        ("page size", there.page_size != asked.page_size),
+        ("element type of the pages", there.kv_dtype != asked.kv_dtype),
+        ("page layout", there.layout_id != asked.layout_id),
+        (
+            "page shape",
+            (there.layers, there.kv_heads, there.head_dim) != (asked.layers, asked.kv_heads, asked.head_dim),
+        ),
+        ("context length", asked.max_model_len > there.max_model_len),
+        ("number of rows", asked.rows > there.rows),
+    )
+    return ", ".join(name for name, differs in differences if differs)

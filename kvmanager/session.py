@@ -2,53 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 import grpc
 import structlog
 
-from kvmanager.service import Manager
+from kvmanager.errors import Refusal, Refused
+from kvmanager.service import Manager, error_reply
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
+from pagehold.runtime.progress import Progress
 
 log = structlog.get_logger()
 
-Context = grpc.aio.ServicerContext
+_TURN_SECONDS: Final = 10.0  # a turn that takes longer is a hang; making memory for an extent may take a while
+
+SessionContext = grpc.aio.ServicerContext[kv.SessionRequest, kv.SessionResponse]
+StatsContext = grpc.aio.ServicerContext[kv.GetStatsRequest, kv.GetStatsResponse]
 
 
 class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
     """Turns run to their end on the event loop, one message at a time: no call sees half of another."""
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: Manager, progress: Progress, on_fault: Callable[[Exception], None]) -> None:
+        """on_fault: told of an exception that is no refusal; nothing is served from then on.
+
+        What is derived may be half-changed then. What is stored never is: the next manager adopts it.
+        """
         self._manager = manager
+        self._progress = progress
+        self._on_fault = on_fault
+        self._broken = False
         self._current: object | None = None  # the session that may call
+        self.active = False  # whether there were calls since the last look
 
     async def Session(
-        self, request_iterator: AsyncIterator[kv.SessionRequest], context: Context[kv.SessionRequest, kv.SessionResponse]
+        self, request_iterator: AsyncIterator[kv.SessionRequest], context: SessionContext
     ) -> AsyncIterator[kv.SessionResponse]:
         me = object()
         try:
             async for request in request_iterator:
-                yield kv.SessionResponse(replies=[self._turn(me, call) for call in request.calls])
+                yield self._turn(me, request)
         finally:
             if self._current is me:
                 self._current = None
                 log.info("executor's session ended", epoch=self._manager.epoch)
 
-    def _turn(self, me: object, call: kv.Call) -> kv.Reply:
-        if call.WhichOneof("call") == "attach":
-            reply = self._manager.attach(call.attach)
-            if reply.WhichOneof("reply") == "attach":
-                self._current = me  # an older session is over: its executor is dead, or this is its reconnect
-                log.info("executor attached", epoch=self._manager.epoch)
-            else:
-                log.warning("attach refused", reason=reply.error.message)
-            return reply
+    def _turn(self, me: object, request: kv.SessionRequest) -> kv.SessionResponse:
+        self.guard()
+        self._progress.begin_turn(_TURN_SECONDS)
+        self.active = True
+        try:
+            return kv.SessionResponse(replies=[self._call(me, call) for call in request.calls])
+        except Exception as error:
+            self.fail(error)
+            raise
+        finally:
+            self._progress.end_turn()
+
+    def _call(self, me: object, call: kv.Call) -> kv.Reply:
+        if call.HasField("attach"):
+            return self._attach(me, call.attach)
         if self._current is not me:
-            return kv.Reply(error=kv.Error(reason=kv.ERROR_REASON_STALE_EPOCH, message="this session is over"))
+            return error_reply(Refused(Refusal.STALE_EPOCH, "this session is not attached, or another one is since"))
         return self._manager.call(call)
 
-    async def GetStats(
-        self, request: kv.GetStatsRequest, context: Context[kv.GetStatsRequest, kv.GetStatsResponse]
-    ) -> kv.GetStatsResponse:
+    def _attach(self, me: object, request: kv.AttachRequest) -> kv.Reply:
+        reply = self._manager.attach(request)
+        if reply.HasField("attach"):
+            # An older session is over: its executor is dead, or this is the same one again.
+            self._current = me
+            log.info("executor attached", epoch=reply.attach.epoch, pages=reply.attach.pages)
+        else:
+            log.warning("attach refused", reason=reply.error.message)
+        return reply
+
+    async def GetStats(self, request: kv.GetStatsRequest, context: StatsContext) -> kv.GetStatsResponse:
+        self.guard()
         return self._manager.stats(self._current is not None)
+
+    def guard(self) -> None:
+        if self._broken:
+            raise RuntimeError("the manager is going down")
+
+    def fail(self, error: Exception) -> None:
+        self._broken = True
+        self._on_fault(error)

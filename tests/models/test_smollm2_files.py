@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import transformers
 from tokenizers import Tokenizer
 
 from services.executor.modelstore.packed import PackedModel
+from services.executor.modelstore.source import find_source
 from tests.models.unpacking import assert_same_weights
 
 TEXTS = [
@@ -37,8 +36,10 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_the_tokenizer_equals_transformers(smollm2: PackedModel, smollm2_gguf: Path) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+def test_the_tokenizer_equals_transformers(smollm2: PackedModel) -> None:
+    path = find_source(None).path
+    assert path is not None
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ours = Tokenizer.from_buffer(smollm2.tokenizer_json)
     for text in [*TEXTS, "".join(TEXTS)]:
         ids = ours.encode(text, add_special_tokens=False).ids

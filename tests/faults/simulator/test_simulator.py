@@ -9,13 +9,13 @@ import pytest
 
 from tests.faults.simulator.schedule import Outcome, Schedule, run
 
-SHORT = tuple(Schedule(seed, requests=3) for seed in (3, 8, 11))
+SHORT = (Schedule(3, requests=3), Schedule(8, requests=3), Schedule(21, requests=5, pages=8))
 
 
 @pytest.mark.parametrize("schedule", SHORT, ids=lambda schedule: f"seed{schedule.seed}")
 def test_manager_killed_before_every_store(schedule: Schedule) -> None:
     undisturbed = run(schedule)
-    assert undisturbed.manager_deaths == 0 and undisturbed.manager_stores > 60
+    assert undisturbed.manager_deaths == 0 and undisturbed.manager_stores >= 50
     for store in range(undisturbed.manager_stores):
         assert run(replace(schedule, manager_deaths=frozenset((store,)))).manager_deaths == 1
     print(f"{schedule}: manager killed at each of {undisturbed.manager_stores} stores")
@@ -24,7 +24,7 @@ def test_manager_killed_before_every_store(schedule: Schedule) -> None:
 @pytest.mark.parametrize("schedule", SHORT, ids=lambda schedule: f"seed{schedule.seed}")
 def test_executor_killed_before_every_store(schedule: Schedule) -> None:
     undisturbed = run(schedule)
-    assert undisturbed.executor_stores > 60
+    assert undisturbed.executor_stores >= 50
     for store in range(undisturbed.executor_stores):
         assert run(replace(schedule, executor_deaths=frozenset((store,)))).executor_deaths == 1
     print(f"{schedule}: executor killed at each of {undisturbed.executor_stores} stores")

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from services.executor.modelstore.spec import Llama3RopeScaling
 from services.executor.modelstore.store import ModelError, open_model
 from tests.models.tiny import TEMPLATE, TINY, Tiny, save_tiny, tiny_tokenizer
-from tests.unit.modelstore.gguf_writer import write_gguf
 from tests.models.unpacking import assert_same_weights
+from tests.unit.modelstore.gguf_writer import write_gguf
 
 LLAMA = TINY[0]
 PLAIN = [tiny for tiny in TINY if tiny.name not in ("llama3-rope", "mistral-window")]

@@ -1,0 +1,1 @@
+"""The parts of the benchmarks: request files, engines, figures, report."""

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 1u
+#define PAGEHOLD_ABI_VERSION 2u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
@@ -10,19 +10,19 @@ extern "C" {
 
 // Linear weights are bfloat16 in panels [N/32][K/2][32][2]; see packing.py.
 struct PhLayer {
-  const float* attention_norm;           // [hidden]
-  const uint16_t* qkv;                   // panels, rows q | k | v
-  const float* qkv_bias;                 // [(heads + 2 kv_heads) head_dim] or null
-  const float* q_norm;                   // [head_dim] or null
-  const float* k_norm;                   // [head_dim] or null
-  const uint16_t* attention_output;      // panels
-  const float* mlp_norm;                 // [hidden]
-  const uint16_t* gate_up;               // panels, gate and up alternating
-  const uint16_t* down;                  // panels
+  const float* attention_norm;       // [hidden]
+  const uint16_t* qkv;               // panels, rows q | k | v
+  const float* qkv_bias;             // [(heads + 2 kv_heads) head_dim] or null
+  const float* q_norm;               // [head_dim] or null
+  const float* k_norm;               // [head_dim] or null
+  const uint16_t* attention_output;  // panels
+  const float* mlp_norm;             // [hidden]
+  const uint16_t* gate_up;           // panels, gate and up alternating
+  const uint16_t* down;              // panels
 };
 
 struct PhModel {
-  uint32_t abi_version, struct_size;
+  uint32_t abi_version, model_size, chunk_size, sampling_size;  // bytes of these structs; all must fit
   uint32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, max_positions;
   uint32_t sliding_window;  // positions that a query sees, itself included; 0: all
   float rms_norm_eps, logit_softcap;
@@ -71,6 +71,14 @@ PAGEHOLD_API const char* pagehold_isas(void);
 PAGEHOLD_API const char* pagehold_isa(const PhEngine* engine);
 // Computes all chunks. tokens, logprobs: [chunks]. all_logits: null, or [positions of all chunks, vocab].
 // Returns 0, or 1 when memory ran out.
-PAGEHOLD_API int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
-                  float* all_logits);
+PAGEHOLD_API int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens,
+                               float* logprobs, float* all_logits);
+
+// For tests. What a step does between the qkv and the output projection of one layer. qkv: float [positions of all
+// chunks, (heads + 2 kv_heads) head_dim], before rotary. output: float [positions, heads head_dim].
+PAGEHOLD_API int pagehold_attend(PhEngine* engine, uint32_t layer, const PhChunk* chunks, uint32_t count,
+                                 const float* qkv, float* output);
+// For tests. The token at position `known`; logits: [vocab], changed. Returns as pagehold_step does.
+PAGEHOLD_API int pagehold_sample(PhEngine* engine, float* logits, const PhSampling* sampling, const uint32_t* tokens,
+                                 uint32_t known, uint32_t* token, float* logprob);
 }

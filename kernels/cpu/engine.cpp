@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <string>
@@ -62,6 +63,13 @@ const IsaTable* choose(const char* isa, bool bfloat16_inputs) {
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
+float bf16_to_float(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
 struct QueryBlock {
   uint32_t chunk, kv_head, first, last;
 };
@@ -115,6 +123,8 @@ struct PhEngine {
   void norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride);
   void layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint32_t rows, float* x);
   void attention(uint32_t index, const PhChunk* chunks, uint32_t count);
+  uint32_t plan(const PhChunk* chunks, uint32_t count);
+  void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);
   int step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits);
 };
 
@@ -129,8 +139,7 @@ void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t s
             model.embedding != nullptr
                 ? model.embedding[size_t{token} * hidden + k]
                 : model.output_head[(size_t{token / 32} * pairs + k / 2) * 64 + token % 32 * 2 + k % 2];
-        const uint32_t bits = uint32_t{half} << 16;
-        memcpy(out + k, &bits, 4);
+        out[k] = bf16_to_float(half);
       }
     }
   }
@@ -189,30 +198,53 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
   const uint32_t head_outputs = model.heads * model.head_dim;
 
   norm_rows(x, w.attention_norm, rows, stride);
-  const Linear qkv_job{normed.get<uint8_t>(0), rows,        stride,         ceil_div(model.hidden, 2), w.qkv,
-                       qkv.get<float>(0),      nullptr,     pad32(qkv_outputs), w.qkv_bias,            qkv_outputs};
+  const Linear qkv_job{
+      normed.get<uint8_t>(0), rows,       stride,     ceil_div(model.hidden, 2), w.qkv, qkv.get<float>(0), nullptr,
+      pad32(qkv_outputs),     w.qkv_bias, qkv_outputs};
   over_panels(ceil_div(qkv_outputs, 32), rows, [&](uint32_t a, uint32_t b) { isa->linear(&qkv_job, a, b); });
 
   attention(index, chunks, count);
 
-  const Linear out_job{attended.get<uint8_t>(0), rows,    pad32(head_outputs), ceil_div(head_outputs, 2),
-                       w.attention_output,       x,       nullptr,             stride,
-                       nullptr,                  model.hidden};
+  const Linear out_job{attended.get<uint8_t>(0),
+                       rows,
+                       pad32(head_outputs),
+                       ceil_div(head_outputs, 2),
+                       w.attention_output,
+                       x,
+                       nullptr,
+                       stride,
+                       nullptr,
+                       model.hidden};
   over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_add(&out_job, a, b); });
 
   norm_rows(x, w.mlp_norm, rows, stride);
   const uint32_t inner = pad32(model.intermediate);
-  const Linear gate_job{normed.get<uint8_t>(0), rows,  stride,  ceil_div(model.hidden, 2), w.gate_up, nullptr,
-                        product.get<uint8_t>(0), inner, nullptr, 0};
+  const Linear gate_job{normed.get<uint8_t>(0),
+                        rows,
+                        stride,
+                        ceil_div(model.hidden, 2),
+                        w.gate_up,
+                        nullptr,
+                        product.get<uint8_t>(0),
+                        inner,
+                        nullptr,
+                        0};
   over_panels(inner / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_gate_up(&gate_job, a, b); });
 
-  const Linear down_job{product.get<uint8_t>(0), rows,   inner,   ceil_div(model.intermediate, 2), w.down, x,
-                        nullptr,                 stride, nullptr, model.hidden};
+  const Linear down_job{product.get<uint8_t>(0),
+                        rows,
+                        inner,
+                        ceil_div(model.intermediate, 2),
+                        w.down,
+                        x,
+                        nullptr,
+                        stride,
+                        nullptr,
+                        model.hidden};
   over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_add(&down_job, a, b); });
 }
 
-int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits) {
-  const uint32_t stride = pad32(model.hidden), vocab_stride = pad32(model.vocab);
+uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
   uint32_t rows = 0;
   row_of.clear();
   blocks.clear();
@@ -223,13 +255,19 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
     if (chunks[c].sample) sampled.push_back(c);
     for (uint32_t first = 0; first < chunks[c].count; first += kQueryBlock)
       for (uint32_t head = 0; head < model.kv_heads; ++head)
-        blocks.push_back({c, head, first, first + kQueryBlock < chunks[c].count ? first + kQueryBlock : chunks[c].count});
+        blocks.push_back({c, head, first, std::min(first + kQueryBlock, chunks[c].count)});
   }
-  float* x = residual.get<float>(size_t{rows} * stride);
   qkv.get<float>(size_t{rows} * pad32((model.heads + 2 * model.kv_heads) * model.head_dim));
   attended.get<uint8_t>(size_t{rows} * pad32(model.heads * model.head_dim) * isa->input_size);
-  product.get<uint8_t>(size_t{rows} * pad32(model.intermediate) * isa->input_size);
   scratch.get<float>(size_t{attention_scratch()} * threads.size());
+  return rows;
+}
+
+int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits) {
+  const uint32_t stride = pad32(model.hidden), vocab_stride = pad32(model.vocab);
+  const uint32_t rows = plan(chunks, count);
+  float* x = residual.get<float>(size_t{rows} * stride);
+  product.get<uint8_t>(size_t{rows} * pad32(model.intermediate) * isa->input_size);
 
   embed(chunks, count, x, stride);
   for (uint32_t index = 0; index < model.layers; ++index) layer(index, chunks, count, rows, x);
@@ -248,8 +286,8 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
               inputs + size_t{i} * stride * isa->input_size);
   }
   float* out = logits.get<float>(size_t{wanted} * vocab_stride);
-  const Linear head_job{inputs, wanted,  stride,       ceil_div(model.hidden, 2), model.output_head,
-                        out,    nullptr, vocab_stride, nullptr,                   model.vocab};
+  const Linear head_job{inputs,       wanted,  stride,     ceil_div(model.hidden, 2), model.output_head, out, nullptr,
+                        vocab_stride, nullptr, model.vocab};
   over_panels(ceil_div(model.vocab, 32), wanted, [&](uint32_t a, uint32_t b) { isa->linear(&head_job, a, b); });
   if (all_logits != nullptr) {
     for (uint32_t i = 0; i < wanted; ++i)
@@ -258,12 +296,27 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
   }
   parallel(wanted, [&](uint32_t i, uint32_t) {
     const PhChunk& chunk = chunks[sampled[i]];
-    const Sampled result = sample(out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens,
-                                  chunk.start + chunk.count);
+    const Sampled result =
+        sample(out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens, chunk.start + chunk.count);
     tokens[sampled[i]] = result.token;
     logprobs[sampled[i]] = result.logprob;
   });
   return 0;
+}
+
+void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to) {
+  const uint32_t rows = plan(chunks, count), outputs = model.heads * model.head_dim;
+  const uint32_t inputs = outputs + 2 * model.kv_heads * model.head_dim;
+  for (uint32_t r = 0; r < rows; ++r)
+    memcpy(qkv.get<float>(0) + size_t{r} * pad32(inputs), from + size_t{r} * inputs, size_t{inputs} * 4);
+  attention(index, chunks, count);
+  for (uint32_t r = 0; r < rows; ++r) {
+    for (uint32_t i = 0; i < outputs; ++i) {
+      const size_t at = size_t{r} * pad32(outputs) + i;
+      to[size_t{r} * outputs + i] =
+          isa->input_size == 2 ? bf16_to_float(attended.get<uint16_t>(0)[at]) : attended.get<float>(0)[at];
+    }
+  }
 }
 
 extern "C" {
@@ -276,13 +329,14 @@ const char* pagehold_isas(void) {
 
 PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* isa, const char** error) {
   *error = nullptr;
-  if (model->abi_version != PAGEHOLD_ABI_VERSION || model->struct_size != sizeof(PhModel)) {
+  if (model->abi_version != PAGEHOLD_ABI_VERSION || model->model_size != sizeof(PhModel) ||
+      model->chunk_size != sizeof(PhChunk) || model->sampling_size != sizeof(PhSampling)) {
     *error = "the native library is of another version than the Python package: run `pip install .` again";
     return nullptr;
   }
   const IsaTable* table = choose(isa, model->bfloat16_inputs != 0);
   if (table == nullptr) {
-    *error = "this processor lacks the instruction set that was asked for";
+    *error = "this processor lacks the instruction set that was asked for, or there is none of that name";
     return nullptr;
   }
   try {
@@ -303,6 +357,28 @@ int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint3
                   float* all_logits) {
   try {
     return engine->step(chunks, count, tokens, logprobs, all_logits);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+int pagehold_attend(PhEngine* engine, uint32_t layer, const PhChunk* chunks, uint32_t count, const float* qkv,
+                    float* output) {
+  try {
+    engine->attend(layer, chunks, count, qkv, output);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+int pagehold_sample(PhEngine* engine, float* logits, const PhSampling* sampling, const uint32_t* tokens, uint32_t known,
+                    uint32_t* token, float* logprob) {
+  try {
+    const Sampled result = sample(logits, engine->model.vocab, *sampling, tokens, known);
+    *token = result.token;
+    *logprob = result.logprob;
+    return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -8,15 +8,15 @@
 
 // Row-major activations; `stride` in elements of the type that `input_size` gives.
 struct Linear {
-  const void* input;        // [rows, stride]: float, or bfloat16 where the table says so
+  const void* input;  // [rows, stride]: float, or bfloat16 where the table says so
   uint32_t rows, stride;
   uint32_t pairs;           // ceil(K / 2)
   const uint16_t* weights;  // panels [N/32][K/2][32][2]
   float* output;            // [rows, output_stride]
   void* product;            // gate_up only: [rows, output_stride], of the input type
   uint32_t output_stride;
-  const float* bias;        // [N] or null
-  uint32_t outputs;         // N without padding, for the bias
+  const float* bias;  // [N] or null
+  uint32_t outputs;   // N without padding, for the bias
 };
 
 struct Attention {

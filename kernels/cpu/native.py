@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 
 
 class NativeError(Exception):
@@ -38,8 +38,9 @@ class _Layer(Structure):
 
 class _Model(Structure):
     _fields_ = [
-        *((name, c_uint32) for name in ("abi_version", "struct_size", "layers", "hidden", "heads", "kv_heads")),
-        *((name, c_uint32) for name in ("head_dim", "intermediate", "vocab", "max_positions", "sliding_window")),
+        *((name, c_uint32) for name in ("abi_version", "model_size", "chunk_size", "sampling_size")),
+        *((name, c_uint32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, c_uint32) for name in ("intermediate", "vocab", "max_positions", "sliding_window")),
         *((name, c_float) for name in ("rms_norm_eps", "logit_softcap")),
         *((name, c_uint32) for name in ("kv_bfloat16", "bfloat16_inputs")),
         *((name, c_void_p) for name in ("rope_cos", "rope_sin", "embedding", "output_head", "final_norm", "layer")),
@@ -164,12 +165,16 @@ def library(path: Path | None = None) -> Any:
     loaded.pagehold_isa.argtypes = [c_void_p]
     loaded.pagehold_step.restype = c_int
     loaded.pagehold_step.argtypes = [c_void_p, c_void_p, c_uint32, c_void_p, c_void_p, c_void_p]
+    loaded.pagehold_attend.restype = c_int
+    loaded.pagehold_attend.argtypes = [c_void_p, c_uint32, c_void_p, c_uint32, c_void_p, c_void_p]
+    loaded.pagehold_sample.restype = c_int
+    loaded.pagehold_sample.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_uint32, c_void_p, c_void_p]
     return loaded
 
 
-def available_isas() -> list[str]:
+def available_isas(library_path: Path | None = None) -> list[str]:
     """Instruction sets that this machine can run, the plainest first."""
-    return str(library().pagehold_isas().decode()).split()
+    return str(library(library_path).pagehold_isas().decode()).split()
 
 
 class NativeModel:
@@ -198,7 +203,9 @@ class NativeModel:
         self._kept = (tensors, cosine, sine, layers)
         model = _Model(
             abi_version=ABI_VERSION,
-            struct_size=ctypes.sizeof(_Model),
+            model_size=ctypes.sizeof(_Model),
+            chunk_size=CHUNK.itemsize,
+            sampling_size=ctypes.sizeof(_Sampling),
             layers=shape.layers,
             hidden=shape.hidden,
             heads=shape.heads,
@@ -223,9 +230,11 @@ class NativeModel:
         self._engine = self._library.pagehold_create(byref(model), threads, isa.encode() if isa else None, byref(error))
         if not self._engine:
             message = error.value.decode() if error.value else "unknown"
-            raise NativeError(f"{message} (asked for {isa}, this machine has {', '.join(available_isas())})")
+            raise NativeError(
+                f"{message} (asked for {isa}, this machine has {', '.join(available_isas(library_path))})"
+            )
         self.isa = str(self._library.pagehold_isa(self._engine).decode())
-        self.vocab = shape.vocab
+        self._shape = shape
 
     def map_pool(self, address: int, pages: int, page_size: int) -> None:
         """address: of [pages][layer][k, v][kv_head][page_size][head_dim]."""
@@ -243,12 +252,42 @@ class NativeModel:
     def logits(self, chunks: npt.NDArray[np.void]) -> npt.NDArray[np.float32]:
         """Like `step`, with the logits of every position: float32 [positions, vocab]."""
         tokens, logprobs = np.zeros(len(chunks), np.uint32), np.zeros(len(chunks), np.float32)
-        out = np.empty((int(chunks["count"].sum()), self.vocab), np.float32)
+        out = np.empty((int(chunks["count"].sum()), self._shape.vocab), np.float32)
         if self._library.pagehold_step(
             self._engine, chunks.ctypes.data, len(chunks), tokens.ctypes.data, logprobs.ctypes.data, out.ctypes.data
         ):
             raise NativeError("out of memory in a step")
         return out
+
+    def attend(self, layer: int, chunks: npt.NDArray[np.void], qkv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """For tests: norm, rotary, append and attention of one layer.
+
+        qkv: [positions, (heads + 2 kv_heads) * head_dim]. Returns [positions, heads * head_dim].
+        """
+        assert qkv.flags.c_contiguous and qkv.dtype == np.float32
+        out = np.empty((len(qkv), self._shape.heads * self._shape.head_dim), np.float32)
+        if self._library.pagehold_attend(
+            self._engine, layer, chunks.ctypes.data, len(chunks), qkv.ctypes.data, out.ctypes.data
+        ):
+            raise NativeError("out of memory in a step")
+        return out
+
+    def sample(
+        self, logits: npt.NDArray[np.float32], sampling: NativeSampling, tokens: npt.NDArray[np.uint32]
+    ) -> tuple[int, float]:
+        """For tests: the token after `tokens` and its log-probability. logits: [vocab]."""
+        scratch, token, logprob = logits.astype(np.float32), c_uint32(), c_float()
+        if self._library.pagehold_sample(
+            self._engine,
+            scratch.ctypes.data,
+            sampling.address,
+            tokens.ctypes.data,
+            len(tokens),
+            byref(token),
+            byref(logprob),
+        ):
+            raise NativeError("out of memory in a step")
+        return token.value, logprob.value
 
     def close(self) -> None:
         if self._engine:

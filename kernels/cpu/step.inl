@@ -137,14 +137,13 @@ inline void outputs(const Linear* job, uint32_t row, const uint16_t* w, uint32_t
   tile<Input, R, V>(static_cast<const T*>(job->input) + size_t{row} * job->stride, job->stride, job->pairs, w, acc);
   for (int r = 0; r < R; ++r) {
     float* out = job->output + size_t{row + r} * job->output_stride + column;
-    for (int v = 0; v < V; ++v)
-      store(out + v * W, then == Then::kAdd ? load(out + v * W) + acc[r][v] : acc[r][v]);
+    for (int v = 0; v < V; ++v) store(out + v * W, then == Then::kAdd ? load(out + v * W) + acc[r][v] : acc[r][v]);
   }
 }
 
 // Rows are taken in blocks that keep the accumulators in registers; the order within an output is always the same.
-constexpr int kWide = kPanelVectors;                                // all of a panel: few rows
-constexpr int kNarrow = kPanelVectors > 2 ? 2 : kPanelVectors;      // part of it: many rows
+constexpr int kWide = kPanelVectors;                            // all of a panel: few rows
+constexpr int kNarrow = kPanelVectors > 2 ? 2 : kPanelVectors;  // part of it: many rows
 constexpr int kManyRows = W == 16 ? 12 : 6;
 constexpr int kFewRows = W == 16 ? 6 : 3;
 
@@ -358,8 +357,8 @@ void attend(const Attention* job, float* scratch) {
   const uint32_t count = job->last - job->first, heads = count * group;
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
   for (uint32_t h = 0; h < heads; ++h) {
-    const float* from = job->qkv + size_t{job->first + h / group} * job->qkv_stride +
-                        size_t{job->kv_head * group + h % group} * d;
+    const float* from =
+        job->qkv + size_t{job->first + h / group} * job->qkv_stride + size_t{job->kv_head * group + h % group} * d;
     for (uint32_t i = 0; i < padded; ++i) {
       queries[h * padded + i] = i < d ? from[i] * scale : 0.0f;
       acc[h * padded + i] = 0.0f;

@@ -1,16 +1,25 @@
 """Settings of every process: from flags, then `PAGEHOLD_…` in the environment, then a file.
 
-Each default is stated once, here. A component's settings name only what it reads.
+The file is TOML and named by `PAGEHOLD_CONFIG`. Each default is stated once, here. A component's
+settings name only what it reads.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSuppress,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from pagehold.runtime.statedir import default_state_dir
 
@@ -31,14 +40,43 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Dtype = Literal["bfloat16", "float32"]
 
 
-class ComponentSettings(BaseSettings):
-    """What all components share."""
+class Settings(BaseSettings):
+    """Where every command's settings come from."""
 
-    model_config = SettingsConfigDict(env_prefix="PAGEHOLD_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PAGEHOLD_",
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = TomlConfigSettingsSource(settings_cls, os.environ.get("PAGEHOLD_CONFIG"))
+        return init_settings, env_settings, file
+
+
+class StateDirSettings(Settings):
+    """Names the state folder."""
 
     state_dir: Path = Field(default_factory=default_state_dir, description="folder of the shared files and sockets")
+
+
+class ComponentSettings(StateDirSettings):
+    """What all components share."""
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     failpoints: str = Field("", description="faults to arm, for tests; see docs/guarantees.md")
+    parent_pid: CliSuppress[int] = Field(0, description="the supervisor, with which this process dies; 0: none")
 
 
 class KvManagerSettings(ComponentSettings):
@@ -79,3 +117,35 @@ class FrontendSettings(ComponentSettings):
     max_stream_buffer: int = Field(4096, ge=64, description="tokens held for a client that does not read")
     reflection: bool = Field(True, description="answer gRPC server reflection")
     drain_grace: float = Field(25.0, ge=0, description="seconds that open streams get on shutdown")
+
+
+class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings):
+    """All three components under one supervisor. `--executor` is for frontends on their own."""
+
+
+class StatusSettings(StateDirSettings):
+    """What runs, read from the state folder."""
+
+    json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class ClientSettings(Settings):
+    """Where a client finds a frontend."""
+
+    address: str = Field("127.0.0.1:50051", description="HOST:PORT of a frontend")
+    model: str = Field("", description="name of the model; default: the one that is served")
+    max_tokens: int | None = Field(None, description="tokens of the answer at most; default: what fits the context")
+    temperature: float | None = Field(None, description="0 is greedy; default: 1.0")
+    top_p: float | None = Field(None, description="share of the probability that is kept; default: all")
+    top_k: int | None = Field(None, description="tokens that are kept; default: all")
+    seed: int | None = Field(None, description="makes sampling repeatable; default: drawn")
+    stop: list[str] = Field([], description="the answer ends before this text; may be repeated")
+    system: str = Field("", description="the chat's system message")
+
+
+class GenerateSettings(ClientSettings):
+    """One question, one answer."""
+
+    prompt: CliPositionalArg[str] = Field(description="the question; - reads it from standard input")
+    raw: bool = Field(False, description="send the prompt as it is, without the chat template")
+    stats: bool = Field(False, description="end with a line of figures on standard error")

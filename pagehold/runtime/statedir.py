@@ -27,7 +27,8 @@ class StateDir:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise StateDirError(f"cannot make the state folder {root}: {error.strerror}; choose another --state-dir") from error
+            message = f"cannot make the state folder {root}: {error.strerror}; choose another --state-dir"
+            raise StateDirError(message) from error
         if root.stat().st_uid != os.getuid():
             raise StateDirError(f"the state folder {root} belongs to another user; choose another --state-dir")
         state = cls(root)
@@ -56,6 +57,10 @@ class StateDir:
         return self.root / "executor.lock"
 
     @property
+    def supervisor_lock(self) -> Path:
+        return self.root / "supervisor.lock"
+
+    @property
     def kvmanager_socket(self) -> Path:
         return self.root / "kvmanager.sock"
 
@@ -63,24 +68,19 @@ class StateDir:
     def executor_socket(self) -> Path:
         return self.root / "executor.sock"
 
-    @property
-    def supervisor_socket(self) -> Path:
-        return self.root / "supervisor.sock"
-
     def progress(self, component: str) -> Path:
         return self.root / f"{component}.progress"
 
     def remove(self) -> None:
         """Deletes what Pagehold put there. Only for `pagehold up`, after its children are gone."""
-        for path in sorted(self.records.glob("*.req")) + sorted(self.records.glob("*.log")):
-            path.unlink(missing_ok=True)
         if self.records.is_dir():
             for path in self.records.iterdir():
                 path.unlink(missing_ok=True)
             self.records.rmdir()
-        named = (self.tables, self.pool, self.manager_lock, self.executor_lock)
-        sockets = (self.kvmanager_socket, self.executor_socket, self.supervisor_socket)
-        for path in (*named, *sockets, *self.root.glob("*.progress")):
+        files = (self.tables, self.tables.with_suffix(".new"), self.pool)
+        locks = (self.manager_lock, self.executor_lock, self.supervisor_lock)
+        sockets = (self.kvmanager_socket, self.executor_socket)
+        for path in (*files, *locks, *sockets, *self.root.glob("*.progress")):
             path.unlink(missing_ok=True)
         try:
             self.root.rmdir()

@@ -1,0 +1,109 @@
+"""The `pagehold` command: picks a subcommand, reads its settings, runs it. Modules are loaded only when used."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Final, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+
+import pagehold
+from pagehold.runtime.settings import (
+    ClientSettings,
+    ComponentSettings,
+    ExecutorSettings,
+    FrontendSettings,
+    GenerateSettings,
+    KvManagerSettings,
+    Settings,
+    StatusSettings,
+    UpSettings,
+)
+
+Found = TypeVar("Found", bound=Settings)
+EXIT_USAGE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: its module's `main` takes the settings and returns the exit code."""
+
+    help: str
+    settings: type[Settings]
+    module: str
+
+    def run(self, found: Settings) -> int:
+        return int(import_module(self.module).main(found))
+
+
+COMMANDS: Final = {
+    "up": Command("all components on this machine, under one supervisor", UpSettings, "services.supervisor.up"),
+    "generate": Command("stream one answer to the terminal", GenerateSettings, "services.cli.generate"),
+    "chat": Command("talk to the model", ClientSettings, "services.cli.chat"),
+    "status": Command("what runs here, and what it holds", StatusSettings, "services.cli.status"),
+    "kvmanager": Command("the owner of the pages, in the foreground", KvManagerSettings, "kvmanager.main"),
+    "executor": Command("what runs the model, in the foreground", ExecutorSettings, "services.executor.main"),
+    "frontend": Command("the public gRPC server, in the foreground", FrontendSettings, "services.frontend.main"),
+}
+COMPONENTS: Final = ("kvmanager", "executor", "frontend")
+
+
+def main() -> int:
+    """Returns the exit code: 0 done, 1 failed, 2 wrong usage, 78 wrong set-up."""
+    arguments = sys.argv[1:]
+    match arguments:
+        case [] | ["-h" | "--help", *_]:
+            print(_overview())
+            return 0 if arguments else EXIT_USAGE
+        case ["-V" | "--version", *_]:
+            print(f"pagehold {pagehold.__version__}")
+            return 0
+        case ["run", name, *rest] if name in COMPONENTS:
+            from services.supervisor import run
+
+            return run.main(name, _read(COMMANDS[name].settings, rest, f"run {name}"))
+        case ["run", *rest]:
+            print(f"usage: pagehold run {{{','.join(COMPONENTS)}}} [FLAGS OF THE COMPONENT]")
+            return 0 if rest[:1] in (["-h"], ["--help"]) else EXIT_USAGE
+        case [name, *rest] if name in COMMANDS:
+            command = COMMANDS[name]
+            found = _read(command.settings, rest, name)
+            if isinstance(found, ComponentSettings) and found.parent_pid:
+                from pagehold.runtime.process import die_with_parent
+
+                die_with_parent(found.parent_pid)
+            return command.run(found)
+        case _:
+            print(f"pagehold: no command {arguments[0]!r}; see pagehold --help", file=sys.stderr)
+            return EXIT_USAGE
+
+
+def _overview() -> str:
+    lines = ["usage: pagehold COMMAND [FLAGS]", "", "LLM serving whose streams survive the death of any component.", ""]
+    rows = {name: command.help for name, command in COMMANDS.items()}
+    rows["run COMPONENT"] = "one component under a supervisor of its own"
+    lines += [f"  {name:<14} {text}" for name, text in rows.items()]
+    lines += ["", "Each flag can be set as PAGEHOLD_FLAG in the environment, or in the TOML file that PAGEHOLD_CONFIG"]
+    lines += ["names. `pagehold COMMAND --help` lists them."]
+    return "\n".join(lines)
+
+
+def _read(kind: type[Found], arguments: list[str], name: str) -> Found:
+    """The command's settings. Exits with one line for each thing that is wrong."""
+    try:
+        return kind(_cli_parse_args=arguments, _cli_prog_name=f"pagehold {name}")
+    except ValidationError as error:
+        for wrong in error.errors():
+            flag = "--" + str(wrong["loc"][0]).replace("_", "-") if wrong["loc"] else "flags"
+            message = wrong["msg"].removeprefix("Value error, ")
+            print(f"pagehold {name}: {flag}: {message[:1].lower()}{message[1:]}", file=sys.stderr)
+    except (SettingsError, OSError, ValueError) as error:
+        print(f"pagehold {name}: {error}", file=sys.stderr)
+    sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

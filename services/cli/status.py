@@ -1,0 +1,145 @@
+"""`pagehold status`: what runs here, read from the state folder alone, so that it always answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Final
+
+import numpy as np
+
+from kvmanager.layout import (
+    HEADER_WORDS,
+    LOW32,
+    NO_PAGE,
+    U64,
+    Header,
+    RequestLog,
+    RowState,
+    Tables,
+    index_of,
+    words_key,
+)
+from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.process import is_alive
+from pagehold.runtime.progress import State, read_progress
+from pagehold.runtime.settings import StatusSettings
+from pagehold.runtime.statedir import StateDir
+
+COMPONENTS: Final = ("frontend", "kvmanager", "executor")
+_MOST_RECORDS: Final = 2000  # looked at, the newest first
+
+
+def main(settings: StatusSettings) -> int:
+    """0, also when nothing runs."""
+    found = collect(StateDir(settings.state_dir))
+    print(json.dumps(found) if settings.json_ else render(found))
+    return 0
+
+
+def collect(state: StateDir) -> dict[str, Any]:
+    """The keys that architecture and scripts rely on are always there."""
+    tables = _read_tables(state)
+    rows = _live_rows(tables) if tables is not None else {}
+    return {
+        "components": {name: _component(state, name, tables) for name in COMPONENTS},
+        "pool": _pool(tables),
+        "sequences": _sequences(state, rows),
+    }
+
+
+def _component(state: StateDir, name: str, tables: Tables | None) -> dict[str, Any]:
+    view = read_progress(state.progress(name))
+    if view is None or not is_alive(view):
+        return {"pid": None, "state": State.DOWN.label}
+    found: dict[str, Any] = {
+        "pid": view.pid,
+        "state": (State.STALLED if view.overdue else view.state).label,
+        "uptime_seconds": round((time.monotonic_ns() - view.started_ns) / 1e9, 1),
+    }
+    if name != "frontend" and tables is not None:
+        found["epoch"] = int(tables.header[Header.EPOCH])
+    return found
+
+
+def _read_tables(state: StateDir) -> Tables | None:
+    """A copy, so that nothing changes while it is looked at. None: there is no pool."""
+    try:
+        raw = state.tables.read_bytes()
+    except OSError:
+        return None
+    if len(raw) < HEADER_WORDS * 8:
+        return None
+    header = np.frombuffer(raw, np.uint64, HEADER_WORDS)
+    shape = [int(header[word]) for word in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)]
+    return Tables(memoryview(raw), *shape) if len(raw) == Tables.nbytes(*shape) else None
+
+
+def _live_rows(tables: Tables) -> dict[tuple[str, int], U64]:
+    """(key, output index) -> the row's entries."""
+    live = np.flatnonzero(tables.row_word & np.uint64(0xFF) == RowState.LIVE).tolist()
+    return {
+        (words_key(tables.row_key[row]), index_of(int(tables.row_word[row]))): tables.row_entry[
+            row, : int(tables.row_length[row])
+        ]
+        for row in live
+    }
+
+
+def _pool(tables: Tables | None) -> dict[str, int]:
+    if tables is None:
+        return {"pages": 0, "free": 0, "shared": 0, "page_size": 0}
+    rows = _live_rows(tables).values()
+    entries = np.concatenate([np.zeros(0, np.uint64), *rows]) & np.uint64(LOW32)
+    held, counts = np.unique(entries[entries != NO_PAGE], return_counts=True)
+    pages = len(tables.page_word) - 1
+    return {
+        "pages": pages,
+        "free": pages - len(held),
+        "shared": int(np.count_nonzero(counts > 1)),
+        "page_size": int(tables.page_tokens.shape[1]),
+    }
+
+
+def _sequences(state: StateDir, rows: dict[tuple[str, int], U64]) -> list[dict[str, Any]]:
+    """Outputs that have not ended, the newest requests first."""
+    try:
+        files = sorted(state.records.glob("*.req"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    except OSError:
+        return []
+    found = []
+    for path in files[:_MOST_RECORDS]:
+        try:
+            log = RequestLog(memoryview(path.with_suffix(".log").read_bytes()))
+            if all(output.ended for output in log.outputs):
+                continue
+            record = kv.RequestRecord.FromString(path.read_bytes())
+        except (OSError, ValueError):
+            continue  # forgotten meanwhile
+        for index, output in enumerate(log.outputs):
+            if not output.ended:
+                entries = rows.get((path.stem, index))
+                found.append(
+                    {
+                        "request_id": record.request_id,
+                        "index": index,
+                        "state": "waiting" if entries is None else "running",
+                        "prompt_tokens": output.prompt_length,
+                        "computed": output.computed,
+                        "known": output.known,
+                        "pages": 0 if entries is None else len(entries),
+                    }
+                )
+    return found
+
+
+def render(found: dict[str, Any]) -> str:
+    lines = [f"{'component':<12}{'state':<10}{'pid':>8}{'uptime':>10}{'epoch':>7}"]
+    for name, one in found["components"].items():
+        uptime = f"{one['uptime_seconds']:.0f} s" if "uptime_seconds" in one else "-"
+        lines.append(f"{name:<12}{one['state']:<10}{one['pid'] or '-':>8}{uptime:>10}{one.get('epoch', '-'):>7}")
+    pool = found["pool"]
+    lines.append(f"pages: {pool['pages']} of {pool['page_size']} tokens, {pool['free']} free, {pool['shared']} shared")
+    running = sum(one["state"] == "running" for one in found["sequences"])
+    lines.append(f"sequences: {running} running, {len(found['sequences']) - running} waiting")
+    return "\n".join(lines)

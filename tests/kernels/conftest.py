@@ -1,0 +1,36 @@
+"""Every instruction set of this machine, and the AVX-512 code compiled to run without the instructions."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kernels.cpu.native import available_isas
+from tests.kernels.variants import SOURCE, Variant
+
+EMULATED = "avx512bf16-emulated"
+
+
+@pytest.fixture(scope="session")
+def emulated_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build folder of the library with PAGEHOLD_EMULATE; the library itself lies in it."""
+    build = tmp_path_factory.mktemp("emulated")
+    options = ("-DPAGEHOLD_EMULATE=ON", f"-DPAGEHOLD_OUTPUT_DIR={build}")
+    subprocess.run(["cmake", "-S", SOURCE, "-B", build, *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build, "--parallel", "2"], check=True, capture_output=True)
+    return build
+
+
+@pytest.fixture(scope="session", params=[*available_isas(), EMULATED])
+def variant(request: pytest.FixtureRequest, emulated_build: Path) -> Variant:
+    if request.param == EMULATED:
+        return Variant("avx512bf16", emulated_build / "libpagehold_cpu.so")
+    return Variant(request.param, None)
+
+
+@pytest.fixture(scope="session")
+def variants(emulated_build: Path) -> list[Variant]:
+    machine = [Variant(isa, None) for isa in available_isas()]
+    return [*machine, Variant("avx512bf16", emulated_build / "libpagehold_cpu.so")]

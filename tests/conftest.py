@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,11 @@ class Stack:
         return {name: one["pid"] for name, one in self.status()["components"].items()}
 
     def kill(self, component: str) -> int:
-        """kill -9; returns the pid that was killed."""
-        pid = self.pids()[component]
-        assert pid, f"{component} is not running"
+        """kill -9, as soon as there is one to kill; returns its pid."""
+        deadline = time.monotonic() + 10
+        while not (pid := self.pids()[component]):
+            assert time.monotonic() < deadline, f"{component} was not started again"
+            time.sleep(0.02)
         os.kill(pid, signal.SIGKILL)
         return pid
 

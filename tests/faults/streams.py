@@ -73,9 +73,33 @@ _OPENINGS = (
 )
 
 
-async def generate(address: str, message: api.GenerateRequest, resume: bool = False) -> Heard:
+class Load:
+    """Streams under way, and what each has heard so far."""
+
+    def __init__(self, address: str, messages: list[api.GenerateRequest], resume: bool = False) -> None:
+        self.heard = [Heard() for _ in messages]
+        self._tasks = [
+            asyncio.create_task(generate(address, message, resume, heard))
+            for message, heard in zip(messages, self.heard, strict=True)
+        ]
+
+    async def reach(self, tokens: int) -> None:
+        """Waits until every stream has this many more tokens than now. None may end before: nothing would be shown."""
+        wanted = [len(heard.tokens) + tokens for heard in self.heard]
+        while any(len(heard.tokens) < want for heard, want in zip(self.heard, wanted, strict=True)):
+            await asyncio.sleep(0.005)
+            assert not any(task.done() for task in self._tasks), "a stream ended before the fault"
+
+    async def answers(self) -> list[tuple[list[int], str, int, int]]:
+        await asyncio.gather(*self._tasks)
+        return [heard.answer for heard in self.heard]
+
+
+async def generate(
+    address: str, message: api.GenerateRequest, resume: bool = False, heard: Heard | None = None
+) -> Heard:
     """One request to its end; with `resume`, across frontends that come and go."""
-    heard = Heard()
+    heard = heard or Heard()
     loop = asyncio.get_running_loop()
     give_up = 0.0
     while True:
@@ -110,7 +134,7 @@ _OPTIONS = [
 ]
 
 
-async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list[Heard]:
+async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list[tuple[list[int], str, int, int]]:
     """The reference: the same bodies under other ids, with nothing killed."""
     copies = []
     for message in messages:
@@ -118,7 +142,7 @@ async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list
         copy.CopyFrom(message)
         copy.request_id = f"reference-{message.request_id}"
         copies.append(copy)
-    return list(await asyncio.gather(*(generate(address, copy) for copy in copies)))
+    return await Load(address, copies).answers()
 
 
 def prefilled(address: str) -> int:

@@ -2,91 +2,84 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 import pytest
 
-from tests.faults.streams import generate, prefilled, request, undisturbed
+from tests.conftest import Stack
+from tests.faults.streams import Load, prefilled, request, undisturbed
 
 pytestmark = pytest.mark.stack
 
-
-async def _mid_stream(tasks: list[asyncio.Task[object]], seconds: float) -> None:
-    await asyncio.sleep(seconds)
-    assert not all(task.done() for task in tasks), "all streams ended before the kill: nothing is shown"
+StartStack = Callable[..., Stack]
 
 
-async def test_executor_killed_streams_go_on(start_stack: Callable[..., object]) -> None:
-    stack = start_stack(kv_memory="512MiB")
-    messages = [request(number, tokens=128) for number in range(8)]
+async def test_executor_killed_streams_go_on(start_stack: StartStack) -> None:
+    stack = start_stack()
+    messages = [request(number, tokens=96) for number in range(8)]
     reference = await undisturbed(stack.address, messages)
-    before = stack.pids()["executor"]
 
-    tasks = [asyncio.create_task(generate(stack.address, message)) for message in messages]
-    await _mid_stream(tasks, 0.8)
-    stack.kill("executor")
-    heard = await asyncio.gather(*tasks)
+    load = Load(stack.address, messages)
+    await load.reach(20)
+    before = stack.kill("executor")
+    answers = await load.answers()
 
     assert stack.pids()["executor"] != before
-    assert [one.answer for one in heard] == [one.answer for one in reference]
-    assert all(one.accepted == 1 for one in heard)
+    assert answers == reference
+    assert all(one.accepted == 1 for one in load.heard)
     # The successor counts from zero: whatever it prefilled was computed twice.
     assert prefilled(stack.address) == 0
 
 
 @pytest.mark.parametrize("failpoint", ["executor.ensure.after", "executor.commit.before", "executor.publish.before"])
-async def test_executor_killed_at_a_border(start_stack: Callable[..., object], failpoint: str) -> None:
-    messages = [request(number, tokens=64) for number in range(8)]
-    quiet = start_stack(kv_memory="512MiB")
+async def test_executor_killed_at_a_border(start_stack: StartStack, failpoint: str) -> None:
+    messages = [request(number, tokens=48) for number in range(8)]
+    quiet = start_stack()
     reference = await undisturbed(quiet.address, messages)
     quiet.stop()
 
     # Every executor dies at its 40th hit: several deaths in one run.
-    stack = start_stack(kv_memory="512MiB", environment={"PAGEHOLD_FAILPOINTS": f"{failpoint}=kill@40"})
-    heard = await asyncio.gather(*(generate(stack.address, message) for message in messages))
-    assert [one.answer for one in heard] == [one.answer for one in reference]
+    stack = start_stack(environment={"PAGEHOLD_FAILPOINTS": f"{failpoint}=kill@40"})
+    assert await Load(stack.address, messages).answers() == reference
+    assert stack.log.read_text().count("killed by SIGKILL") >= 2 or failpoint == "executor.ensure.after"
 
 
-async def test_manager_killed_streams_go_on(start_stack: Callable[..., object]) -> None:
-    stack = start_stack(kv_memory="512MiB")
+async def test_manager_killed_streams_go_on(start_stack: StartStack) -> None:
+    stack = start_stack()
     messages = [request(number, tokens=128) for number in range(8)]
     reference = await undisturbed(stack.address, messages)
 
-    tasks = [asyncio.create_task(generate(stack.address, message)) for message in messages]
+    load = Load(stack.address, messages)
     for _ in range(3):
-        await _mid_stream(tasks, 0.4)
+        await load.reach(16)
         stack.kill("kvmanager")
-    heard = await asyncio.gather(*tasks)
-    assert [one.answer for one in heard] == [one.answer for one in reference]
+    assert await load.answers() == reference
 
 
-@pytest.mark.parametrize("stop", [(), (" the",)])
-async def test_frontend_killed_resume_gives_the_rest(start_stack: Callable[..., object], stop: tuple[str, ...]) -> None:
-    stack = start_stack(kv_memory="512MiB")
-    messages = [request(number, tokens=128) for number in range(8)]
+@pytest.mark.parametrize("stop", [(), (" the",)], ids=("plain", "stop-string"))
+async def test_frontend_killed_resume_gives_the_rest(start_stack: StartStack, stop: tuple[str, ...]) -> None:
+    stack = start_stack()
+    messages = [request(number, tokens=96) for number in range(8)]
     for message in messages:
         # A stop string that comes late: it counts only from the 60th token on.
         message.stopping.stop.extend(stop)
         message.stopping.min_tokens = 60 if stop else 0
     reference = await undisturbed(stack.address, messages)
 
-    tasks = [asyncio.create_task(generate(stack.address, message, resume=True)) for message in messages]
-    await _mid_stream(tasks, 0.6)
+    load = Load(stack.address, messages, resume=True)
+    await load.reach(20)
     stack.kill("frontend")
-    heard = await asyncio.gather(*tasks)
-    assert [one.answer for one in heard] == [one.answer for one in reference]
-    assert any(one.accepted == 2 for one in heard), "no stream was resumed: nothing is shown"
+    assert await load.answers() == reference
+    assert all(one.accepted == 2 for one in load.heard), "a stream was not resumed: nothing is shown"
 
 
-async def test_everything_killed_one_after_the_other(start_stack: Callable[..., object]) -> None:
-    stack = start_stack(kv_memory="512MiB")
+async def test_everything_killed_one_after_the_other(start_stack: StartStack) -> None:
+    stack = start_stack()
     messages = [request(number, tokens=160) for number in range(8)]
     reference = await undisturbed(stack.address, messages)
 
-    tasks = [asyncio.create_task(generate(stack.address, message, resume=True)) for message in messages]
+    load = Load(stack.address, messages, resume=True)
     for component in ("executor", "kvmanager", "frontend", "kvmanager", "executor"):
-        await asyncio.sleep(0.5)
+        await load.reach(10)
         stack.kill(component)
-    heard = await asyncio.gather(*tasks)
-    assert [one.answer for one in heard] == [one.answer for one in reference]
+    assert await load.answers() == reference

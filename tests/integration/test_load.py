@@ -12,6 +12,7 @@ import pytest
 
 from kvmanager.layout import HEADER_WORDS, Header, RequestLog, RowState, Tables, index_of, words_key
 from pagehold.v1 import inference_pb2 as api
+from tests.conftest import Stack
 from tests.faults.streams import generate
 
 pytestmark = pytest.mark.stack
@@ -51,7 +52,7 @@ def slots(state_dir: Path) -> tuple[int, int, int]:
     return held, written, headroom
 
 
-async def test_64_clients(start_stack: Callable[..., object]) -> None:
+async def test_64_clients(start_stack: Callable[..., Stack]) -> None:
     stack = start_stack(kv_memory="2GiB", prefix_cache=False)
     rng = random.Random(64)
     messages = [_request(number, rng) for number in range(CLIENTS)]
@@ -76,7 +77,7 @@ async def test_64_clients(start_stack: Callable[..., object]) -> None:
     assert held / written >= 0.96
 
 
-async def test_no_stream_waits_for_a_neighbour_to_finish(start_stack: Callable[..., object]) -> None:
+async def test_no_stream_waits_for_a_neighbour_to_finish(start_stack: Callable[..., Stack]) -> None:
     """Every stream has its first token before the first stream has its last."""
     stack = start_stack(kv_memory="1GiB")
     rng = random.Random(7)

@@ -75,11 +75,13 @@ class Variant:
     def attention(self, shape: ModelShape, dtype: str, kv_dtype: str, threads: int = 1) -> NativeModel:
         """A model that can only attend: no weights, no rotation."""
         still = np.zeros(shape.head_dim // 2, np.float32)
-        return NativeModel(shape, _HEADLESS, still, dtype, kv_dtype, threads, self.isa, self.library)
+        return NativeModel(
+            replace(shape, tied_embeddings=True), _HEADLESS, still, dtype, kv_dtype, threads, self.isa, self.library
+        )
 
     def sampler(self, vocab: int) -> NativeModel:
         """A model that can only sample."""
-        return self.attention(replace(GROUPED, layers=0, vocab=vocab, tied_embeddings=True), "float32", "float32")
+        return self.attention(replace(GROUPED, layers=0, vocab=vocab), "float32", "float32")
 
 
 _HEADLESS: dict[str, np.ndarray] = {"output_head": np.zeros(1, np.uint16), "final_norm": np.zeros(1, np.float32)}
@@ -141,7 +143,7 @@ class Pages:
         return ids | (ids * np.uint64(7919) + np.uint64(3)) << np.uint64(32)
 
     def held(self, row: np.ndarray, length: int) -> np.ndarray:
-        """What the pages hold for the positions [0, length), as bytes: [length, layers, 2, kv_heads, head_dim * size]."""
+        """What the pages hold for the positions [0, length), as bytes [length, layers, 2, kv_heads, …]."""
         positions = np.arange(length)
         ids = (row & np.uint64(0xFFFFFFFF)).astype(np.int64)[positions // self.page_size]
         return self.values[ids, :, :, :, positions % self.page_size].view(np.uint8)

@@ -1,0 +1,116 @@
+"""Attention alone against the reference: any shape, every instruction set; what must not be read is NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import reference
+from kernels.cpu.native import NativeSampling
+from tests.kernels.variants import GROUPED, PLAIN, Pages, Sequence, Variant, as_chunks, page_type
+
+LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One chunk over pages that hold what came before it."""
+
+    head_dim: int
+    kv_heads: int
+    group: int
+    page_size: int
+    start: int
+    count: int
+    window: int
+    softcap: float
+    threads: int
+    seed: int
+
+
+cases = st.builds(
+    Case,
+    head_dim=st.sampled_from([32, 40, 64, 80, 96, 128, 256]),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 8]),
+    page_size=st.sampled_from([8, 16, 24, 32, 64, 128]),
+    start=st.one_of(st.integers(0, 20), st.integers(0, 400)),
+    count=st.one_of(st.just(1), st.integers(1, 40)),
+    window=st.sampled_from([0, 0, 1, 7, 64, 100]),
+    softcap=st.sampled_from([0.0, 0.0, 3.0, 30.0]),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(case=cases)
+def test_attention_equals_the_reference(variant: Variant, kv_dtype: str, case: Case) -> None:
+    error, rounding = errors(variant, "float32", kv_dtype, case)
+    assert error <= 1e-5
+    assert rounding <= (1e-2 if kv_dtype == "bfloat16" else 1e-5)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(case=cases)
+def test_attention_in_bfloat16_equals_the_reference(variant: Variant, case: Case) -> None:
+    _, rounding = errors(variant, "bfloat16", "bfloat16", case)
+    assert rounding <= 1e-2
+
+
+def errors(variant: Variant, dtype: str, kv_dtype: str, case: Case) -> tuple[float, float]:
+    """Of the output over max|V|: against the reference over the pages, and over K and V before their rounding.
+
+    Checks on the way that the new K and V are where they belong, and that nothing else was written.
+    """
+    shape = replace(
+        GROUPED,
+        layers=LAYERS,
+        heads=case.kv_heads * case.group,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        max_positions=case.start + case.count,
+        sliding_window=case.window,
+        logit_softcap=case.softcap,
+        qk_norm=False,
+    )
+    rng = np.random.default_rng(case.seed)
+    layer, end = case.seed % LAYERS, case.start + case.count
+    model = variant.attention(shape, dtype, kv_dtype, case.threads)
+    try:
+        entries = -(-end // case.page_size)
+        pages = Pages(model, shape, kv_dtype, entries + 3, case.page_size)
+        row = pages.row(end)
+        if case.window:  # entries that every window has passed are given back: page 0 stands for "none"
+            row[: max(0, case.start + 1 - case.window) // case.page_size] = 0
+        exact = np.full(pages.values.shape, np.nan, np.float32)
+        new = rng.normal(size=(end, 2, case.kv_heads, case.head_dim)).astype(np.float32)
+        positions = np.arange(max(0, case.start + 1 - case.window) if case.window else 0, end)
+        ids = row.astype(np.uint32).astype(np.int64)[positions // case.page_size]
+        exact[ids, layer, :, :, positions % case.page_size] = new[positions]
+        wanted_pages = exact.astype(page_type(kv_dtype))
+        pages.values[...] = wanted_pages
+        appended = positions >= case.start
+        pages.values[ids[appended], layer, :, :, positions[appended] % case.page_size] = np.nan
+
+        queries = rng.normal(size=(case.count, shape.heads, case.head_dim)).astype(np.float32)
+        parts = (queries, new[case.start :, 0], new[case.start :, 1])
+        qkv = np.concatenate([part.reshape(case.count, -1) for part in parts], axis=1)
+        sequence = Sequence(np.zeros(end, np.uint32), row, NativeSampling(PLAIN))
+        got = model.attend(layer, as_chunks([sequence.chunk(case.start, case.count)]), qkv).reshape(queries.shape)
+    finally:
+        model.close()
+
+    np.testing.assert_array_equal(pages.values.view(np.uint8), wanted_pages.view(np.uint8))
+    scale = float(np.abs(new[positions, 1]).max())
+
+    def error(pool: np.ndarray) -> float:
+        wanted = reference.paged_attention(queries, pool, row, layer, case.start, case.window, case.softcap)
+        return float(np.abs(got - wanted).max()) / scale  # NaN fails every comparison
+
+    return error(pages.values), error(exact)

@@ -1,0 +1,201 @@
+"""K/V and logits depend on the tokens before them alone: not on chunks, batch, threads or pages. Bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.cpu.native import ModelShape, NativeModel, NativeSampling
+from tests.kernels.variants import (
+    GROUPED,
+    PLAIN,
+    WINDOWED,
+    Pages,
+    Sequence,
+    Variant,
+    as_chunks,
+    random_tensors,
+)
+
+LENGTH = 150  # more than two tiles of attention
+MATES = 31
+
+
+@dataclass
+class Bench:
+    """One model at 1 and at 2 threads, and what the sequence under test is when decoded alone."""
+
+    shape: ModelShape
+    kv_dtype: str
+    models: dict[int, NativeModel]
+    logits: np.ndarray  # float32 [LENGTH, vocab]
+    held: np.ndarray  # bytes [LENGTH, ...]
+    sampled: tuple[int, float]  # after the last position
+
+    def pages(self, threads: int, page_size: int = 16, pages: int = 500) -> Pages:
+        return Pages(self.models[threads], self.shape, self.kv_dtype, pages, page_size)
+
+    def check(self, logits: np.ndarray, first: int = 0) -> None:
+        np.testing.assert_array_equal(logits.view(np.uint32), self.logits[first : first + len(logits)].view(np.uint32))
+
+    def check_held(self, pages: Pages, row: np.ndarray, length: int = LENGTH) -> None:
+        np.testing.assert_array_equal(pages.held(row, length), self.held[:length])
+
+
+def tokens_of(seed: int, length: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, GROUPED.vocab, length).astype(np.uint32)
+
+
+def sequence(pages: Pages, seed: int = 0, length: int = LENGTH) -> Sequence:
+    sampling = replace(PLAIN, temperature=0.8, seed=seed, prompt_length=length)
+    return Sequence(tokens_of(seed, length), pages.row(length), NativeSampling(sampling))
+
+
+def step(model: NativeModel, chunk: tuple[int, ...]) -> tuple[int, float]:
+    tokens, logprobs = np.zeros(1, np.uint32), np.zeros(1, np.float32)
+    model.step(as_chunks([chunk]), tokens, logprobs)
+    return int(tokens[0]), float(logprobs[0])
+
+
+@pytest.fixture(scope="module", params=["grouped-float32", "grouped-bfloat16", "windowed-float32", "windowed-bfloat16"])
+def bench(request: pytest.FixtureRequest, variant: Variant) -> Iterator[Bench]:
+    name, dtype = request.param.split("-")
+    shape = {"grouped": GROUPED, "windowed": WINDOWED}[name]
+    tensors = random_tensors(shape)
+    models = {threads: variant.model(shape, tensors, dtype, threads) for threads in (1, 2)}
+    bench = Bench(shape, dtype, models, np.empty(0), np.empty(0), (0, 0.0))
+    pages = bench.pages(1)
+    alone = sequence(pages)
+    bench.logits = np.concatenate([models[1].logits(as_chunks([alone.chunk(i, 1)])) for i in range(LENGTH)])
+    bench.held = pages.held(alone.row, LENGTH)
+    assert np.isfinite(bench.logits).all() and bench.logits.std() > 0.1
+    bench.sampled = step(models[1], alone.chunk(LENGTH - 1, 1, write_from=LENGTH, sample=True))
+    yield bench
+    for model in models.values():
+        model.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [1, 16, 64, LENGTH])
+def test_chunks(bench: Bench, size: int, threads: int) -> None:
+    pages = bench.pages(threads)
+    lane = sequence(pages)
+    for start in range(0, LENGTH, size):
+        count = min(size, LENGTH - start)
+        bench.check(bench.models[threads].logits(as_chunks([lane.chunk(start, count)])), start)
+    bench.check_held(pages, lane.row)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_of_32(bench: Bench, threads: int) -> None:
+    """Decodes, with mates that decode at other positions."""
+    model, pages = bench.models[threads], bench.pages(threads)
+    lane = sequence(pages)
+    mates = [sequence(pages, seed, length=50) for seed in range(1, MATES + 1)]
+    model.logits(as_chunks([lane.chunk(0, LENGTH - 40), *(mate.chunk(0, 10) for mate in mates)]))
+    for i in range(40):
+        at = LENGTH - 40 + i
+        batch = [mate.chunk(10 + i, 1) for mate in mates]
+        batch.insert(i % 32, lane.chunk(at, 1))
+        bench.check(model.logits(as_chunks(batch))[i % 32 : i % 32 + 1], at)
+    bench.check_held(pages, lane.row)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_way_to_compute_it(bench: Bench, data: st.DataObject) -> None:
+    """Any chunks, any mates in each step, any page size, 1 or 2 threads."""
+    threads = data.draw(st.sampled_from([1, 2]), "threads")
+    model = bench.models[threads]
+    pages = bench.pages(threads, data.draw(st.sampled_from([8, 16, 64]), "page size"))
+    lane, start = sequence(pages), 0
+    mates = [(sequence(pages, seed), 0) for seed in range(1, data.draw(st.integers(1, 6), "mates"))]
+    while start < LENGTH:
+        count = data.draw(st.one_of(st.integers(1, 5), st.integers(1, LENGTH)), "count")
+        count = min(count, LENGTH - start)
+        batch = []
+        for i, (mate, at) in enumerate(mates):
+            more = min(data.draw(st.integers(1, 20), "mate's count"), LENGTH - at)
+            if more:
+                batch.append(mate.chunk(at, more))
+                mates[i] = mate, at + more
+        where = data.draw(st.integers(0, len(batch)), "place")
+        before = sum(int(chunk[4]) for chunk in batch[:where])
+        batch.insert(where, lane.chunk(start, count))
+        bench.check(model.logits(as_chunks(batch))[before : before + count], start)
+        start += count
+    bench.check_held(pages, lane.row)
+
+
+@pytest.mark.parametrize("shared", [16, 64, 128])
+def test_a_prefix_hit(bench: Bench, shared: int) -> None:
+    """Another sequence's pages in front; what they hold is not written again."""
+    model, pages = bench.models[1], bench.pages(1)
+    owner = sequence(pages)
+    model.logits(as_chunks([owner.chunk(0, shared)]))
+    lane = sequence(pages)
+    lane.row[: shared // 16] = owner.row[: shared // 16]
+    bench.check(model.logits(as_chunks([lane.chunk(shared, LENGTH - shared)])), shared)
+    bench.check_held(pages, lane.row)
+
+
+@pytest.mark.parametrize("start", [0, 60, LENGTH - 1])
+def test_positions_whose_write_is_masked(bench: Bench, start: int) -> None:
+    """Run again for their logits alone, as after a full prefix hit: equal, and no page is touched."""
+    model, pages = bench.models[1], bench.pages(1)
+    lane = sequence(pages)
+    model.logits(as_chunks([lane.chunk(0, LENGTH)]))
+    # Marked, so that a write of the same bytes would show: the position itself must be read from the page.
+    marked = lane.row[(LENGTH - 1) // 16].astype(np.uint32), (LENGTH - 1) % 16
+    before = pages.values.copy()
+    bench.check(model.logits(as_chunks([lane.chunk(start, LENGTH - start, write_from=LENGTH)])), start)
+    np.testing.assert_array_equal(pages.values.view(np.uint8), before.view(np.uint8))
+    pages.values[marked[0], :, :, :, marked[1]] += 1
+    before = pages.values.copy()
+    again = model.logits(as_chunks([lane.chunk(start, LENGTH - start, write_from=LENGTH)]))
+    np.testing.assert_array_equal(pages.values.view(np.uint8), before.view(np.uint8))
+    bench.check(again[:-1], start)
+    assert (again[-1] != bench.logits[-1]).any()
+
+
+def test_a_chunk_that_writes_only_its_end(bench: Bench) -> None:
+    model, pages = bench.models[1], bench.pages(1)
+    lane = sequence(pages)
+    model.logits(as_chunks([lane.chunk(0, 70)]))
+    before = pages.held(lane.row, 70)
+    bench.check(model.logits(as_chunks([lane.chunk(40, LENGTH - 40, write_from=70)])), 40)
+    np.testing.assert_array_equal(pages.held(lane.row, 70), before)
+    bench.check_held(pages, lane.row)
+
+
+def test_recomputation_in_new_pages(bench: Bench) -> None:
+    """After a preemption: what was prefilled and then decoded is prefilled in one go, elsewhere."""
+    model, pages = bench.models[2], bench.pages(2)
+    first, second = sequence(pages), sequence(pages)
+    model.logits(as_chunks([first.chunk(0, 100)]))
+    for i in range(100, 120):
+        model.logits(as_chunks([first.chunk(i, 1)]))
+    bench.check(model.logits(as_chunks([second.chunk(0, 121)])))
+    for i in range(121, LENGTH):
+        bench.check(model.logits(as_chunks([second.chunk(i, 1)])), i)
+    bench.check_held(pages, second.row)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sampling_in_a_batch(bench: Bench, threads: int) -> None:
+    """The token and its log-probability, computed with the output head over other rows too."""
+    model, pages = bench.models[threads], bench.pages(threads)
+    lane = sequence(pages)
+    mates = [sequence(pages, seed, length=20) for seed in range(1, MATES + 1)]
+    batch = [mate.chunk(0, 20, sample=i % 3 > 0) for i, mate in enumerate(mates)]
+    batch.insert(17, lane.chunk(0, LENGTH, sample=True))
+    tokens, logprobs = np.zeros(32, np.uint32), np.zeros(32, np.float32)
+    model.step(as_chunks(batch), tokens, logprobs)
+    assert (int(tokens[17]), float(logprobs[17])) == bench.sampled
+    unsampled = [i for i, chunk in enumerate(batch) if not chunk[-1]]
+    assert not tokens[unsampled].any() and not logprobs[unsampled].any()

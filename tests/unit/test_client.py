@@ -1,0 +1,43 @@
+"""Requests from plain values, and what a reader makes of repeated events."""
+
+from __future__ import annotations
+
+import pytest
+
+from pagehold.client import _Reading, make_request
+from pagehold.v1 import inference_pb2 as api
+
+
+def test_options_go_to_their_messages() -> None:
+    request = make_request(
+        [{"role": "user", "content": "hi"}], temperature=0.0, stop=["x"], max_tokens=3, n=2, logprobs=True,
+        logit_bias={7: 1.5}, seed=None,
+    )  # fmt: skip
+    assert request.chat.messages[0].content == "hi"
+    assert request.sampling.HasField("temperature")
+    assert not request.sampling.HasField("seed")
+    assert list(request.stopping.stop) == ["x"]
+    assert (request.stopping.max_tokens, request.n, request.response.logprobs) == (3, 2, True)
+    assert request.sampling.logit_bias[7] == 1.5
+    assert request.response.detach_grace.seconds == 30
+
+
+def test_prompts_of_each_kind() -> None:
+    assert make_request("text").text == "text"
+    assert list(make_request([1, 2]).token_ids.ids) == [1, 2]
+    assert make_request([]).WhichOneof("prompt") == "token_ids"
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        make_request("text", temprature=1)
+
+
+def test_events_repeated_by_resume_come_once() -> None:
+    reading = _Reading()
+    accepted = api.GenerateResponse(accepted=api.Accepted(request_id="r"))
+    tokens = api.GenerateResponse(tokens=api.Tokens(index=1, offset=4, token_ids=[5, 6]))
+    finished = api.GenerateResponse(finished=api.Finished(index=1))
+    assert [reading.take(one) for one in (accepted, tokens, finished)] == [True, True, True]
+    assert [reading.take(one) for one in (accepted, finished)] == [False, False]
+    assert reading.offsets == {1: 6}

@@ -83,7 +83,8 @@ class Client:
             address,
             options=[
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
+                # Despite its name this is how long one attempt may take.
+                ("grpc.min_reconnect_backoff_ms", 5000),
                 ("grpc.max_reconnect_backoff_ms", 500),
                 ("grpc.max_receive_message_length", _MOST_MESSAGE_BYTES),
             ],

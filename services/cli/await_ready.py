@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,7 +17,7 @@ def await_ready(address: str, pid: int = 0, seconds: float = 600.0) -> bool:
     """False when the time is over, or process `pid` is gone."""
     deadline = time.monotonic() + seconds
     with grpc.insecure_channel(address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() < deadline and (not pid or os.path.exists(f"/proc/{pid}")):
             try:
                 reply = stub.Check(health_pb2.HealthCheckRequest(service=_SERVICE), timeout=1)

@@ -64,7 +64,9 @@ def main() -> int:
         case ["run", name, *rest] if name in COMPONENTS:
             from services.supervisor import run
 
-            return run.main(name, _read(COMMANDS[name].settings, rest, f"run {name}"))
+            component = _read(COMMANDS[name].settings, rest, f"run {name}")
+            assert isinstance(component, ComponentSettings)
+            return run.main(name, component)
         case ["run", *rest]:
             print(f"usage: pagehold run {{{','.join(COMPONENTS)}}} [FLAGS OF THE COMPONENT]")
             return 0 if rest[:1] in (["-h"], ["--help"]) else EXIT_USAGE

@@ -55,7 +55,7 @@ class Chunk(NamedTuple):
 
     lane: Lane
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of a chunk
     write_from: int  # K/V is written only at positions >= this
     sample: bool  # sample the token at position start + count
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels import reference
 from kernels.cpu.packing import unpack_gate_up, unpack_linear
 from kvmanager.layout import F32, LOW32
 from services.executor.modelstore.packed import PackedModel, TensorKind
@@ -133,6 +134,26 @@ class ReferenceRunner(Runner):
             raise ValueError("the lane has no row")
         entries = torch.from_numpy((lane.row & np.uint64(LOW32)).astype(np.int64))
         return entries[positions // self._page_size], positions % self._page_size
+
+
+def _sample(chunk: Chunk, logits: F32) -> reference.Sampled:
+    """The token after the chunk. logits: float32 [vocab]."""
+    lane, asked = chunk.lane, chunk.lane.sampling
+    params = reference.Sampling(
+        seed=asked.seed,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        output_index=lane.index,
+        bias=dict(asked.logit_bias),
+        suppressed=asked.suppressed,
+        min_tokens=asked.min_tokens,
+    )
+    return reference.sample(logits, params, lane.tokens[: chunk.start + chunk.count].tolist(), lane.prompt_length)
 
 
 def _load(model: PackedModel, name: str) -> torch.Tensor:

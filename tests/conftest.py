@@ -18,6 +18,9 @@ import pytest
 
 from services.cli.await_ready import await_ready
 
+# Torch's threads must not spin for a processor that another process has.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 COMMAND = [sys.executable, "-m", "services.cli.main"]
 START_SECONDS = 180.0
 STOP_SECONDS = 30.0

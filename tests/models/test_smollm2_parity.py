@@ -14,6 +14,8 @@ from services.executor.runner.reference import ReferenceRunner
 from tests.models.paging import TestPool, greedy
 from tests.models.parity import BFLOAT16_PROMPTS, POOL_PAGES, Judge, bfloat16_errors, encode_prompts, judge_greedy
 
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def judge(transformers_smollm2: transformers.PreTrainedModel) -> Iterator[Judge]:

@@ -134,8 +134,10 @@ class ManagerCore:
             granted = self._make_row(key, index, source, need, wish, keep_free)
         else:
             self._seal_row(row, source)
+            # A first ensure that is repeated is told again what was shared: nothing has been computed since.
+            cached = 0 if generation else row.sealed * self.page_size
             self._grow(row, need, wish, keep_free)
-            granted = Granted(row.number, row.generation, row.length * self.page_size, 0)
+            granted = Granted(row.number, row.generation, row.length * self.page_size, cached)
         self._hit("kvmanager.ensure.after")
         return granted
 

@@ -243,6 +243,18 @@ class OutputLog:
     def cached_tokens(self) -> int:
         return int(self.words[2])
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the words can be what an executor has stored; positions that they name exist."""
+        terminal = int(self.words[1])
+        reason, length = terminal >> 8 & 0xFF, terminal >> 32
+        return (
+            self.computed <= self.known <= self.capacity
+            and self.prompt_length <= self.known
+            and (not terminal or (terminal & 1 == 1 and 0 < reason < len(Reason)))
+            and length <= self.known - self.prompt_length
+        )
+
     def set_progress(self, computed: int, known: int) -> None:
         self.words[0] = progress_word(computed, known)
 

@@ -49,7 +49,7 @@ def main(settings: KvManagerSettings) -> int:
         return _refuse(
             f"another kvmanager serves {settings.state_dir}; stop it or choose another --state-dir", EXIT_FAULT
         )
-    except (StateDirError, ValueError) as error:
+    except (StateDirError, failpoint.FailpointSyntaxError) as error:
         return _refuse(str(error), EXIT_CONFIG)
     try:
         if settings.discard:
@@ -58,6 +58,8 @@ def main(settings: KvManagerSettings) -> int:
         manager = Manager(state, settings.record_quota, settings.record_ttl, failpoint.hit)
     except CannotAdopt as error:
         return _refuse(str(error), EXIT_CONFIG)
+    except OSError as error:
+        return _refuse(f"cannot use the files in {state.root}: {error.strerror}", EXIT_FAULT)
     return uvloop.run(_serve(state, manager, progress))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +30,7 @@ from pagehold.runtime.statedir import StateDir
 EXTENT: Final = 64 << 20
 _FEWEST_PAGES: Final = 2  # page 0 is reserved
 _MOST_PAGES: Final = 1 << 31  # kernels read page ids as int32
-_REMEDY: Final = "stop everything and start with --discard to drop it"
+REMEDY: Final = "stop everything and start with --discard to drop it"
 
 
 class CannotAdopt(Exception):
@@ -107,23 +108,23 @@ def adopt(state: StateDir) -> Pool | None:
         header = np.fromfile(state.tables, np.uint64, HEADER_WORDS)
     except FileNotFoundError:
         if any(state.records.glob("*.req")):
-            raise CannotAdopt(f"{state.records} holds requests, but their {state.tables} is gone; {_REMEDY}") from None
+            raise CannotAdopt(f"{state.records} holds requests, but their {state.tables} is gone; {REMEDY}") from None
         state.pool.unlink(missing_ok=True)
         return None
     if size < HEADER_WORDS * 8 or int(header[Header.MAGIC]) != TABLES_MAGIC or int(header[Header.READY]) != 1:
-        raise CannotAdopt(f"{state.tables} is damaged: not a Pagehold header; {_REMEDY}")
+        raise CannotAdopt(f"{state.tables} is damaged: not a Pagehold header; {REMEDY}")
     version = int(header[Header.LAYOUT])
     if version != LAYOUT_VERSION:
-        raise CannotAdopt(f"{state.tables} has layout version {version}, this is {LAYOUT_VERSION}; {_REMEDY}")
+        raise CannotAdopt(f"{state.tables} has layout version {version}, this is {LAYOUT_VERSION}; {REMEDY}")
     if header[Header.BOOT_ID : Header.BOOT_ID + 2].tobytes() != _boot_id():
-        raise CannotAdopt(f"{state.tables} is from before the last boot of this machine; {_REMEDY}")
+        raise CannotAdopt(f"{state.tables} is from before the last boot of this machine; {REMEDY}")
     shape = [int(header[name]) for name in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)]
     try:
         if size != Tables.nbytes(*shape):
             raise ValueError("length")
         pool = Pool(state, _map_tables(state.tables, *shape))
     except ValueError as error:
-        raise CannotAdopt(f"{state.tables} is damaged: wrong {error}; {_REMEDY}") from error
+        raise CannotAdopt(f"{state.tables} is damaged: wrong {error}; {REMEDY}") from error
     _check_pool_file(state, pool)
     return pool
 
@@ -132,14 +133,17 @@ def _check_pool_file(state: StateDir, pool: Pool) -> None:
     try:
         stat = state.pool.stat()
     except FileNotFoundError:
-        raise CannotAdopt(f"{state.pool} is gone; {_REMEDY}") from None
+        raise CannotAdopt(f"{state.pool} is gone; {REMEDY}") from None
     whole = pool.geometry.pages * pool.geometry.page_bytes
     if stat.st_size != whole or stat.st_blocks * 512 < pool.word(Header.POOL_BYTES):
-        raise CannotAdopt(f"{state.pool} is not the pool of {state.tables}; {_REMEDY}")
+        raise CannotAdopt(f"{state.pool} is not the pool of {state.tables}; {REMEDY}")
 
 
 def fitting(state: StateDir, geometry: Geometry, pool_bytes: int) -> Geometry:
-    """The geometry with as many pages as `pool_bytes` makes. Raises Refused(NO_MEMORY)."""
+    """The geometry with as many pages as `pool_bytes` makes; a pool that is there makes way for it.
+
+    Raises Refused(NO_MEMORY).
+    """
     pages = pool_bytes // geometry.page_bytes
     if pages < _FEWEST_PAGES:
         least = _FEWEST_PAGES * geometry.page_bytes
@@ -147,24 +151,22 @@ def fitting(state: StateDir, geometry: Geometry, pool_bytes: int) -> Geometry:
         raise Refused(Refusal.NO_MEMORY, message)
     pages = min(pages, _MOST_PAGES)
     tables = Tables.nbytes(pages, geometry.rows, geometry.row_entries, geometry.page_size)
-    room = available_bytes(state.root)
+    room = available_bytes(state.root) + _held(state.pool)
     if pool_bytes + tables > room:
         message = (
             f"a page pool of {_gib(pool_bytes)} with tables of {_gib(tables)} does not fit: {_gib(room)} are left "
             "(the least of tmpfs, free memory and the cgroup's limit); choose a smaller --kv-memory"
         )
         raise Refused(Refusal.NO_MEMORY, message)
-    return Geometry(
-        pages=pages,
-        rows=geometry.rows,
-        page_size=geometry.page_size,
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        kv_dtype=geometry.kv_dtype,
-        layout_id=geometry.layout_id,
-        max_model_len=geometry.max_model_len,
-    )
+    return replace(geometry, pages=pages)
+
+
+def _held(path: Path) -> int:
+    """Bytes of memory behind a file."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def discard(state: StateDir) -> None:

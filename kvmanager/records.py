@@ -56,8 +56,13 @@ class Records:
         return len(self._records)
 
     @property
-    def keys(self) -> list[str]:
-        return list(self._records)
+    def unfinished_keys(self) -> set[str]:
+        """Of records with an output that has no terminal word. Those not mapped any more have none."""
+        return {
+            key
+            for key, record in self._records.items()
+            if record.logs is not None and not all(output.ended for output in record.logs.outputs)
+        }
 
     def source(self, key: str) -> Source | None:
         """The logs of a record; None when there is no such record."""
@@ -79,8 +84,9 @@ class Records:
         return key
 
     def write(self, record: kv.RequestRecord) -> str:
-        """Makes both files of a new record; returns its key. Raises Refused(QUOTA)."""
+        """Makes both files of a new record; returns its key. Raises Refused(QUOTA or INVALID)."""
         key = request_key(record.tenant, record.request_id)
+        root = self._root(record)
         capacity = len(record.prompt) + record.max_tokens
         log_bytes = RequestLog.nbytes(record.outputs, capacity, record.logprobs)
         data = record.SerializeToString()
@@ -94,14 +100,23 @@ class Records:
             temporary = self._folder / f"{key}.tmp"
             temporary.write_bytes(data)
             self._hit("kvmanager.open.before_rename")
+            logs = Source(self._map(key).outputs, root)
             temporary.rename(self._folder / f"{key}.req")
         except OSError as error:
             for suffix in (".log", ".tmp"):
                 (self._folder / f"{key}{suffix}").unlink(missing_ok=True)
             raise Refused(Refusal.QUOTA, f"cannot write the record: {error.strerror}") from error
-        self._remember(key, record, nbytes)
+        self._remember(key, record.digest, logs, nbytes)
         self._hit("kvmanager.open.after")
         return key
+
+    def _root(self, record: kv.RequestRecord) -> Hash:
+        """Where the hash chains of its pages start. Raises Refused(INVALID)."""
+        try:
+            salt = api.GenerateRequest.FromString(record.request).cache_salt
+        except DecodeError:
+            raise Refused(Refusal.INVALID, "the record's request is not a GenerateRequest") from None
+        return root_hash(self._fingerprint, record.tenant, salt)
 
     def _write_log(self, key: str, record: kv.RequestRecord, capacity: int, log_bytes: int) -> None:
         path = self._folder / f"{key}.log"
@@ -151,19 +166,25 @@ class Records:
                 path.unlink(missing_ok=True)
         for path in self._folder.glob("*.req"):
             try:
-                data = path.read_bytes()
-                nbytes = _on_disk(path.with_suffix(".log").stat().st_size) + _on_disk(len(data))
-                self._remember(path.stem, kv.RequestRecord.FromString(data), nbytes)
-            except (OSError, ValueError, DecodeError) as error:
+                self._adopt_one(path)
+            except (OSError, ValueError, DecodeError, Refused) as error:
                 # Out of the way, not away: one damaged record must not keep all others from being served.
-                log.error("damaged record set aside", key=path.stem, error=type(error).__name__)
-                path.rename(path.with_suffix(".damaged"))
+                log.error("damaged record set aside", key=path.stem, error=str(error))
+                for part in (path, path.with_suffix(".log")):
+                    if part.exists():
+                        part.rename(part.with_name(f"{part.name}.damaged"))
 
-    def _remember(self, key: str, record: kv.RequestRecord, nbytes: int) -> None:
-        salt = api.GenerateRequest.FromString(record.request).cache_salt
-        root = root_hash(self._fingerprint, record.tenant, salt)
-        source = Source(self._map(key).outputs, root)
-        self._records[key] = Record(record.digest, root, nbytes, source)
+    def _adopt_one(self, path: Path) -> None:
+        key, data = path.stem, path.read_bytes()
+        record = kv.RequestRecord.FromString(data)
+        nbytes = _on_disk(path.with_suffix(".log").stat().st_size) + _on_disk(len(data))
+        logs = Source(self._map(key).outputs, self._root(record))
+        if not logs.outputs or not all(output.is_sound for output in logs.outputs):
+            raise ValueError("its log contradicts itself")
+        self._remember(key, record.digest, logs, nbytes)
+
+    def _remember(self, key: str, digest: bytes, logs: Source, nbytes: int) -> None:
+        self._records[key] = Record(digest, logs.root, nbytes, logs)
         self._nbytes += nbytes
 
     def _map(self, key: str) -> RequestLog:

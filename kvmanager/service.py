@@ -15,7 +15,7 @@ from kvmanager.core import ManagerCore
 from kvmanager.errors import Refusal, Refused
 from kvmanager.integrity import check_tables
 from kvmanager.layout import Geometry, KvDtype
-from kvmanager.pool import CannotAdopt, Pool
+from kvmanager.pool import REMEDY, CannotAdopt, Pool
 from kvmanager.records import Records
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.lock import FileLock, LockBusy, read_id
@@ -55,10 +55,16 @@ class Manager:
         hit("kvmanager.adopt.before")
         pool = pools.adopt(state)
         if pool is not None:
-            core = self._build(pool)
-            wrong = check_tables(core)
-            if wrong:
-                raise CannotAdopt(f"{state.tables} is damaged: {wrong[0]}; stop everything and start with --discard")
+            self._check(pool)
+
+    def _check(self, pool: Pool) -> None:
+        """Never serves from tables that contradict themselves."""
+        try:
+            wrong = check_tables(self._build(pool))
+        except (IndexError, ValueError, OverflowError) as error:
+            wrong = [f"a number in it is out of range ({error})"]
+        if wrong:
+            raise CannotAdopt(f"{self._state.tables} is damaged: {wrong[0]}; {REMEDY}")
 
     def _build(self, pool: Pool) -> ManagerCore:
         self.pool = pool
@@ -93,7 +99,7 @@ class Manager:
             incarnation=self.incarnation,
             pool_is_new=is_new,
             pages=self.pool.geometry.pages,
-            keys=self.records.keys,
+            keys=sorted(self.records.unfinished_keys | {key for key, _ in self.core.live_rows}),
         )
 
     def _serves(self, pool: Pool, asked: Geometry, fingerprint: str) -> bool:
@@ -116,6 +122,7 @@ class Manager:
         try:
             self._build(pools.create(self._state, geometry, request.fingerprint))
         except OSError as error:
+            self.pool = self.core = self.records = None  # the files of an older pool may be gone
             message = f"cannot make the page pool: {error.strerror}; choose a smaller --kv-memory"
             raise Refused(Refusal.NO_MEMORY, message) from error
 

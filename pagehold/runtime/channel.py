@@ -14,7 +14,8 @@ def client_options() -> Options:
     """Fast reconnects: a peer that restarts is back in well under a second."""
     return [
         ("grpc.initial_reconnect_backoff_ms", 50),
-        ("grpc.min_reconnect_backoff_ms", 50),
+        # Despite its name this is how long one attempt may take: a busy peer needs a while to answer.
+        ("grpc.min_reconnect_backoff_ms", 2000),
         ("grpc.max_reconnect_backoff_ms", 200),
         ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
         ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),

@@ -19,6 +19,10 @@ class FailpointError(Exception):
     """Raised by a failpoint armed with `error`."""
 
 
+class FailpointSyntaxError(ValueError):
+    """What is to be armed cannot be read; the message names the part."""
+
+
 class Action(Enum):
     KILL = "kill"
     STOP = "stop"
@@ -37,7 +41,7 @@ _armed: dict[str, _Armed] = {}
 
 
 def arm(specification: str) -> None:
-    """Replaces what is armed. Raises ValueError naming the part that cannot be read."""
+    """Replaces what is armed. Raises FailpointSyntaxError."""
     armed: dict[str, _Armed] = {}
     for part in filter(None, (part.strip() for part in specification.split(";"))):
         name, separator, rest = part.partition("=")
@@ -48,7 +52,8 @@ def arm(specification: str) -> None:
                 raise ValueError
             armed[name] = _Armed(Action(action_name), float(argument or 0), int(count or 1) - 1)
         except ValueError:
-            raise ValueError(f"failpoint {part!r}: want NAME=kill|stop|delay:MS|error with an optional @COUNT") from None
+            wanted = "NAME=kill|stop|delay:MS|error with an optional @COUNT"
+            raise FailpointSyntaxError(f"failpoint {part!r}: want {wanted}") from None
     _armed.clear()
     _armed.update(armed)
 

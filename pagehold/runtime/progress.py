@@ -81,7 +81,7 @@ class Progress:
 
 
 def read_progress(path: Path) -> ProgressView | None:
-    """None when the component never ran here. A dead pid is the caller's to find out."""
+    """None when the component never ran here, or the file is damaged. A dead pid is the caller's to find out."""
     try:
         words = np.fromfile(path, np.uint64, _WORDS)
     except FileNotFoundError:
@@ -89,4 +89,6 @@ def read_progress(path: Path) -> ProgressView | None:
     if len(words) < _WORDS:
         return None
     pid, state, turn, deadline, started, committed = (int(word) for word in words[:6])
+    if state >= len(State):
+        return None
     return ProgressView(pid, State(state), turn, deadline, started, committed)

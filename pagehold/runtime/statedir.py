@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+_LONGEST_SOCKET: Final = 107  # bytes of a path that a Unix socket takes
 
 
 class StateDirError(Exception):
@@ -32,6 +35,8 @@ class StateDir:
         if root.stat().st_uid != os.getuid():
             raise StateDirError(f"the state folder {root} belongs to another user; choose another --state-dir")
         state = cls(root)
+        if len(os.fsencode(state.kvmanager_socket)) > _LONGEST_SOCKET:
+            raise StateDirError(f"the path of the state folder {root} is too long for a socket; choose a shorter one")
         state.records.mkdir(mode=0o700, exist_ok=True)
         return state
 

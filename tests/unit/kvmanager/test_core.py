@@ -92,7 +92,7 @@ def test_no_pages_changes_nothing_not_even_a_row() -> None:
 def test_matched_pages_are_not_counted_as_free_for_their_own_row() -> None:
     bench = Bench(pages=3)
     bench.fill("a", list(range(8)))
-    granted = bench.ensure(bench.open("b", list(range(8)) + [1]), 9)
+    granted = bench.ensure(bench.open("b", [*range(8), 1]), 9)
     assert granted.cached == 8 and len(set(bench.row_pages(granted))) == 3
 
 
@@ -152,6 +152,16 @@ def test_calls_about_an_older_row_are_done_and_change_nothing() -> None:
     with pytest.raises(Refused) as found:
         bench.ensure(key, 6, generation=new.generation + 1)
     assert refusal(found) is Refusal.INVALID
+
+
+def test_a_repeated_first_ensure_says_again_what_was_shared() -> None:
+    bench = Bench()
+    bench.fill("a", list(range(8)))
+    key = bench.open("b", list(range(10)))
+    assert bench.ensure(key, 10).cached == 8
+    again = bench.ensure(key, 10)
+    assert again.cached == 8
+    assert bench.ensure(key, 14, generation=again.generation).cached == 0
 
 
 def test_row_generations_grow_over_all_rows_and_restarts() -> None:

@@ -33,7 +33,8 @@ class Machine(RuleBasedStateMachine):
         try:
             granted = self.bench.core.ensure(key, 0, 0, need, 8, 0)
         except Refused as refused:
-            assert refused.reason in (Refusal.NO_PAGES, Refusal.NO_ROWS, Refusal.TOO_LARGE)
+            reason = refused.reason
+            assert reason in (Refusal.NO_PAGES, Refusal.NO_ROWS, Refusal.TOO_LARGE)
             assert (key, 0) not in self.bench.core.live_rows
             assert self.bench.core.pages.available <= before
             return key, 0
@@ -61,7 +62,9 @@ class Machine(RuleBasedStateMachine):
         live = self.bench.core.live_rows.get((key, 0))
         if generation and live is not None:
             output = self.bench.output(key)
-            reached = min(max(output.computed, live.sealed * PAGE_SIZE) + steps, live.length * PAGE_SIZE, output.capacity)
+            reached = min(
+                max(output.computed, live.sealed * PAGE_SIZE) + steps, live.length * PAGE_SIZE, output.capacity
+            )
             self.bench.compute(key, max(reached, output.computed))
 
     @rule(row=open_rows, capacity=st.integers(0, 30))
@@ -108,7 +111,10 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True,
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much],
 )
 TestMachine = Machine.TestCase

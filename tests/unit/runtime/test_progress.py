@@ -1,0 +1,59 @@
+"""What a supervisor reads of a component."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pagehold.runtime.progress import Progress, State, read_progress
+
+
+def test_a_life(tmp_path: Path) -> None:
+    path = tmp_path / "executor.progress"
+    assert read_progress(path) is None
+    progress = Progress(path)
+    view = read_progress(path)
+    assert view is not None and (view.pid, view.state, view.turn) == (os.getpid(), State.STARTING, 0)
+    assert 0 < view.started_ns <= time.monotonic_ns()
+    progress.set_state(State.READY)
+    progress.begin_turn(60)
+    view = read_progress(path)
+    assert view is not None and view.state is State.READY and view.deadline_ns > time.monotonic_ns()
+    assert not view.overdue
+    progress.end_turn(3)
+    progress.end_turn()
+    view = read_progress(path)
+    assert view is not None and (view.turn, view.deadline_ns, view.committed) == (2, 0, 3)
+
+
+def test_a_missed_deadline_is_overdue_and_silence_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "executor.progress"
+    progress = Progress(path)
+    view = read_progress(path)
+    assert view is not None and not view.overdue
+    progress.begin_turn(0.001)
+    time.sleep(0.01)
+    view = read_progress(path)
+    assert view is not None and view.overdue
+
+
+def test_the_next_process_starts_from_zero(tmp_path: Path) -> None:
+    path = tmp_path / "executor.progress"
+    first = Progress(path)
+    first.begin_turn(1)
+    first.end_turn(9)
+    first.begin_turn(0)
+    Progress(path)
+    view = read_progress(path)
+    assert view is not None and (view.turn, view.deadline_ns, view.committed) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("words", [[], [1, 2], [1, 77, 0, 0, 0, 0, 0, 0]])
+def test_a_damaged_file_says_nothing(tmp_path: Path, words: list[int]) -> None:
+    path = tmp_path / "executor.progress"
+    np.array(words, np.uint64).tofile(path)
+    assert read_progress(path) is None

@@ -75,9 +75,11 @@ class Engine:
 
     def step(self) -> bool:
         """One turn; whether there was anything to compute."""
-        self.requests.expire(time.monotonic())
-        # Before the plan: making room may take a row away.
-        calls = self.pages.ensure(time.monotonic()) + self.requests.take_calls()
+        now = time.monotonic()
+        self.requests.expire(now)
+        # What ended gives its pages back before anybody asks for more, and all of it comes before the plan:
+        # making room may take a row away.
+        calls = self.requests.take_calls() + self.pages.ensure(now)
         if calls:
             failpoint.hit("executor.ensure.before")
             self._send(calls)
@@ -97,30 +99,30 @@ class Engine:
 
     def _commit(self, plan: Plan, result: StepResult) -> None:
         """Token and log-probability first, then the progress word by one store."""
-        committed = 0
-        for sequence, chunk, token, logprob in zip(
-            plan.sequences, plan.chunks, result.tokens.tolist(), result.logprobs.tolist(), strict=True
-        ):
-            computed, known = chunk.start + chunk.count, sequence.known
-            if chunk.sample:
-                sequence.log.tokens[known] = token
-                if sequence.log.logprobs is not None:
-                    sequence.log.logprobs[known] = logprob
+        committed = decoded = 0
+        tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
+        for sequence, chunk, token, logprob in zip(plan.sequences, plan.chunks, tokens, logprobs, strict=True):
+            output, known = sequence.log, sequence.known
+            _, start, count, _, samples = chunk
+            if samples:
+                output.tokens[known] = token
+                if output.logprobs is not None:
+                    output.logprobs[known] = logprob
                 known += 1
                 committed += 1
+                decoded += count == 1
             failpoint.hit("executor.commit.before")
-            sequence.log.set_progress(computed, known)
+            output.set_progress(start + count, known)
             failpoint.hit("executor.commit.after")
-            sequence.computed, sequence.known = computed, known
-            if chunk.count == 1 and chunk.sample:
-                self.decode_tokens += 1
-            else:
-                self.prefill_tokens += chunk.count
-            if chunk.sample:
-                reason = sequence.request.rules.reason(token, known - sequence.prompt_length)
+            sequence.computed, sequence.known = start + count, known
+            if samples:
+                length = known - sequence.prompt_length
+                reason = sequence.request.rules.reason(token, length)
                 if reason is not Reason.NONE:
-                    self.requests.end(sequence, reason, known - sequence.prompt_length)
+                    self.requests.end(sequence, reason, length)
                 publisher.mark(sequence)
+        self.decode_tokens += decoded
+        self.prefill_tokens += plan.positions - decoded
         self.progress.end_turn(committed)
 
     def _handle(self, event: object) -> None:

@@ -1,14 +1,18 @@
-"""The executor process: loads the model, takes the lock, attaches, serves frontends, runs steps."""
+"""The executor process: takes the lock, loads the model, attaches, serves frontends, runs steps.
+
+Exit codes: 0 asked to stop; 1 a fault, or another executor has taken over: starting again may help;
+78 the settings fit neither the model, nor the machine, nor the pool there: it will not.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import sys
 import threading
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -18,14 +22,13 @@ from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint, logs
 from pagehold.runtime.channel import server_options
-from pagehold.runtime.lock import FileLock
+from pagehold.runtime.memory import default_pool_bytes
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
 from services.executor.engine import Engine
 from services.executor.inbox import Attached, Inbox, Replied, Stop
 from services.executor.kv_link import KvLink
-from pagehold.runtime.memory import default_pool_bytes
 from services.executor.modelstore.store import ModelError, PackedModel, open_model
 from services.executor.pages import Pages
 from services.executor.requests import Requests
@@ -33,12 +36,15 @@ from services.executor.runner.base import Runner
 from services.executor.scheduler import Scheduler
 from services.executor.server import Description, ExecutorServicer
 from services.executor.shared import SharedPool
+from services.executor.tenure import Tenure
 
 log = structlog.get_logger()
 
+EXIT_FAULT: Final = 1  # starting again may help
 EXIT_CONFIG: Final = 78  # EX_CONFIG: starting again will not help
 _PARK_AFTER: Final = 256  # unread tokens of a detached output
 _LAYOUT_ID: Final = 1
+_STOP_SECONDS: Final = 0.2
 
 
 class ConfigurationError(Exception):
@@ -48,75 +54,94 @@ class ConfigurationError(Exception):
 def main(settings: ExecutorSettings) -> int:
     """Runs until SIGTERM. Returns the exit code."""
     logs.configure("executor", settings.log_level)
-    failpoint.arm(settings.failpoints)
     try:
+        failpoint.arm(settings.failpoints)
         state = StateDir.prepare(settings.state_dir)
-        progress = Progress(state.progress("executor"))
+        tenure = Tenure(state)
         model = open_model(settings.model)
-        return uvloop.run(_Executor(settings, state, progress, model).run())
-    except (ConfigurationError, ModelError, StateDirError) as error:
-        print(f"pagehold executor: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        executor = _Executor(settings, state, tenure, model)
+    except (ConfigurationError, ModelError, StateDirError, failpoint.FailpointSyntaxError) as error:
+        return _refuse(str(error), EXIT_CONFIG)
+    except OSError as error:
+        return _refuse(f"cannot start on {settings.state_dir}: {error.strerror or error}", EXIT_FAULT)
+    return uvloop.run(executor.run())
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"pagehold executor: {message}", file=sys.stderr)
+    return code
 
 
 class _Executor:
-    def __init__(self, settings: ExecutorSettings, state: StateDir, progress: Progress, model: PackedModel) -> None:
+    def __init__(self, settings: ExecutorSettings, state: StateDir, tenure: Tenure, model: PackedModel) -> None:
         self._settings = settings
         self._state = state
-        self._progress = progress
+        self._tenure = tenure
         self._model = model
         self._max_model_len = _max_model_len(settings, model)
         self._kv_dtype = settings.kv_dtype or settings.dtype
         self._runner = make_runner(settings, model, self._max_model_len)
-        self._lock = FileLock(state.executor_lock)
         self._pool = SharedPool(state)
         self._inbox = Inbox()
         self._fatal: kv.Error | None = None
+        self._failed = False
         self._done = asyncio.Event()
         self._attached = asyncio.Event()
-        self._failure: BaseException | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._done.set)
         # Before anything writable is mapped: holding the lock proves that earlier writers are dead.
-        await asyncio.to_thread(self._lock.acquire, True)
-        executor_id = secrets.token_bytes(16)
-        self._lock.write_id(executor_id)
+        if not await self._unless_done(self._tenure.wait()):
+            self._tenure.progress.set_state(State.DOWN)
+            return 0
+        progress = self._tenure.progress
         link = KvLink(
             f"unix:{self._state.kvmanager_socket}",
-            self._attach_request(executor_id),
+            self._attach_request(self._tenure.id),
             self._on_attach,
             lambda call, reply: self._inbox.put(Replied(call, reply)),
             self._on_fatal,
         )
-        engine = self._make_engine(link, loop)
+        engine = self._make_engine(link, loop, progress)
         linking = asyncio.create_task(link.run())
-        await self._first_of(self._attached, self._done)
-        server: grpc.aio.Server | None = None
-        thread = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)
-        if self._attached.is_set():
-            thread.start()
-            server = await self._serve(engine)
-            self._progress.set_state(State.READY)
-            log.info("ready", epoch=self._pool.epoch, pages=self._pool.pages - 1, model=self._model.name)
-            await self._done.wait()
-            self._progress.set_state(State.DRAINING)
-            self._inbox.put(Stop())
-            await asyncio.to_thread(thread.join)
-            await server.stop(0.2)
+        linking.add_done_callback(self._on_link_ended)
+        if await self._unless_done(self._attached.wait()):
+            await self._serve_until_done(engine, loop, progress)
         linking.cancel()
-        self._progress.set_state(State.DOWN)
+        progress.set_state(State.DOWN)
         return self._exit_code()
 
+    async def _serve_until_done(self, engine: Engine, loop: asyncio.AbstractEventLoop, progress: Progress) -> None:
+        thread = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)
+        thread.start()
+        server = await self._serve(engine)
+        progress.set_state(State.READY)
+        log.info("ready", epoch=self._pool.epoch, pages=self._pool.pages - 1, model=self._model.name)
+        await self._done.wait()
+        progress.set_state(State.DRAINING)
+        self._inbox.put(Stop())
+        await asyncio.to_thread(thread.join)
+        await server.stop(_STOP_SECONDS)
+
+    async def _unless_done(self, wanted: Coroutine[Any, Any, object]) -> bool:
+        """Waits for `wanted`. False when the process is to stop first. Raises what `wanted` raises."""
+        tasks = [asyncio.create_task(wanted), asyncio.create_task(self._done.wait())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        if self._done.is_set():
+            return False
+        await tasks[0]
+        return True
+
     def _exit_code(self) -> int:
-        if self._failure is not None:
-            raise self._failure
+        if self._failed:
+            return EXIT_FAULT
         if self._fatal is not None:
-            print(f"pagehold executor: {self._fatal.message}", file=sys.stderr)
             lasting = (kv.ERROR_REASON_WRONG_MODEL, kv.ERROR_REASON_NO_MEMORY, kv.ERROR_REASON_INVALID)
-            return EXIT_CONFIG if self._fatal.reason in lasting else 1
+            return _refuse(self._fatal.message, EXIT_CONFIG if self._fatal.reason in lasting else EXIT_FAULT)
         self._runner.close()
         return 0
 
@@ -140,7 +165,7 @@ class _Executor:
             prefix_cache=settings.prefix_cache,
         )
 
-    def _make_engine(self, link: KvLink, loop: asyncio.AbstractEventLoop) -> Engine:
+    def _make_engine(self, link: KvLink, loop: asyncio.AbstractEventLoop, progress: Progress) -> Engine:
         settings = self._settings
         scheduler = Scheduler(settings.page_size, settings.max_num_seqs, settings.max_batch_tokens, _PARK_AFTER)
         requests = Requests(scheduler, self._pool, self._runner, self._state.records, self._model.eos_token_ids)
@@ -149,7 +174,7 @@ class _Executor:
         def send(calls: list[kv.Call]) -> None:
             loop.call_soon_threadsafe(link.send, calls)
 
-        return Engine(self._runner, scheduler, requests, pages, self._inbox, send, self._progress)
+        return Engine(self._runner, scheduler, requests, pages, self._inbox, send, progress)
 
     def _on_attach(self, response: kv.AttachResponse) -> None:
         if not self._pool.mapped:
@@ -165,14 +190,22 @@ class _Executor:
         self._fatal = error
         self._done.set()
 
+    def _on_link_ended(self, linking: asyncio.Task[None]) -> None:
+        if not linking.cancelled() and (error := linking.exception()) is not None:
+            log.error("the manager's stream failed", exc_info=error)
+            self._fail()
+
     def _run_engine(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         try:
             engine.run()
-        except BaseException as error:
+        except BaseException:
             # A fault in a step is not survived: the next executor goes on from the logs.
             log.exception("step failed")
-            self._failure = error
-            loop.call_soon_threadsafe(self._done.set)
+            loop.call_soon_threadsafe(self._fail)
+
+    def _fail(self) -> None:
+        self._failed = True
+        self._done.set()
 
     async def _serve(self, engine: Engine) -> grpc.aio.Server:
         settings = self._settings
@@ -193,13 +226,6 @@ class _Executor:
         server.add_insecure_port(f"unix:{self._state.executor_socket}")
         await server.start()
         return server
-
-    @staticmethod
-    async def _first_of(*events: asyncio.Event) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in events]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
 
 
 def _max_model_len(settings: ExecutorSettings, model: PackedModel) -> int:

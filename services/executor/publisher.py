@@ -16,7 +16,9 @@ from pagehold.runtime import failpoint
 from services.executor.sequence import Phase, Request, Sequence
 
 _MOST_IN_FLIGHT: Final = 4  # messages handed to a connection's writer and not yet written
-_MOST_TOKENS: Final = 65536  # in one message, so that a resumed crowd stays below the message limit
+# In one message, so that a resumed crowd stays below the message limit.
+_MOST_TOKENS: Final = 65536
+_MOST_RECORD_BYTES: Final = 16 << 20
 
 
 class Connection:
@@ -26,7 +28,8 @@ class Connection:
         self._loop = loop
         self._on_written = on_written
         self._queue: asyncio.Queue[ex.ConnectResponse] = asyncio.Queue()
-        self._in_flight = 0
+        self._offered = 0  # counted by the step thread alone
+        self._written = 0  # counted by the event loop alone
         self.streams: dict[int, Request] = {}  # by stream id; the step thread's
         self.outbox = ex.ConnectResponse()  # answers that are not tokens; the step thread's
         self.dirty: dict[Sequence, None] = {}  # have tokens or an end to send, in order
@@ -34,10 +37,10 @@ class Connection:
 
     @property
     def has_room(self) -> bool:
-        return self._in_flight < _MOST_IN_FLIGHT
+        return self._offered - self._written < _MOST_IN_FLIGHT
 
     def offer(self, message: ex.ConnectResponse) -> None:
-        self._in_flight += 1
+        self._offered += 1
         self._loop.call_soon_threadsafe(self._queue.put_nowait, message)
 
     async def take(self) -> ex.ConnectResponse:
@@ -45,20 +48,20 @@ class Connection:
         return await self._queue.get()
 
     def written(self) -> None:
-        self._in_flight -= 1
-        if self._in_flight == _MOST_IN_FLIGHT - 1:
+        self._written += 1
+        if self._offered - self._written == _MOST_IN_FLIGHT - 1:
             self._on_written()
 
 
-def attach(request: Request, connection: Connection, stream_id: int) -> None:
+def attach(request: Request, connection: Connection, stream_id: int, describe: bool) -> None:
     """The newest stream wins; the older one is told and detaches nothing."""
     previous = request.connection
     if previous is not None and (previous is not connection or request.stream_id != stream_id):
         previous.streams.pop(request.stream_id, None)
         for sequence in request.sequences:
             previous.dirty.pop(sequence, None)
-        previous.outbox.failed.add(stream_id=request.stream_id, failure=ex.FAILURE_TAKEN_OVER)
-    request.connection, request.stream_id = connection, stream_id
+        fail(previous, request.stream_id, ex.FAILURE_TAKEN_OVER)
+    request.connection, request.stream_id, request.describe = connection, stream_id, describe
     connection.streams[stream_id] = request
     for sequence in request.sequences:
         sequence.end_sent = False
@@ -72,6 +75,11 @@ def detach(request: Request) -> None:
         for sequence in request.sequences:
             connection.dirty.pop(sequence, None)
     request.connection = None
+
+
+def fail(connection: Connection, stream_id: int, failure: ex.Failure, detail: str = "") -> None:
+    """Ends a stream. detail: safe to show to the client."""
+    connection.outbox.failed.add(stream_id=stream_id, failure=failure, detail=detail)
 
 
 def mark(sequence: Sequence) -> None:
@@ -96,33 +104,64 @@ def publish(connections: list[Connection]) -> None:
 
 
 def _fill(connection: Connection, message: ex.ConnectResponse) -> None:
-    run = message.tokens
-    logprobs_wanted = any(sequence.log.logprobs is not None for sequence in connection.dirty)
+    dirty, run = connection.dirty, message.tokens
+    logprobs_wanted = any(sequence.log.logprobs is not None for sequence in dirty)
+    # Columns are extended once: an append to a repeated field costs several times one to a list.
+    stream_ids: list[int] = []
+    indexes: list[int] = []
+    offsets: list[int] = []
+    counts: list[int] = []
+    token_ids: list[int] = []
+    logprobs: list[float] = []
     sent: list[Sequence] = []
-    for sequence in connection.dirty:
+    record_bytes = 0
+    for sequence in dirty:
+        request, log = sequence.request, sequence.log
+        if request.describe:
+            request.describe = False
+            _add_record(message, request)
+            record_bytes += len(request.record.request)
         start, end = sequence.cursor, sequence.length
         if start < end:
             first, last = sequence.prompt_length + start, sequence.prompt_length + end
-            run.stream_ids.append(sequence.request.stream_id)
-            run.indexes.append(sequence.index)
-            run.offsets.append(start)
-            run.counts.append(end - start)
-            run.token_ids.extend(sequence.log.tokens[first:last].tolist())
+            stream_ids.append(request.stream_id)
+            indexes.append(sequence.index)
+            offsets.append(start)
+            counts.append(end - start)
+            token_ids += log.tokens[first:last].tolist()
             if logprobs_wanted:
-                logprobs = sequence.log.logprobs
-                run.logprobs.extend([0.0] * (end - start) if logprobs is None else logprobs[first:last].tolist())
+                logprobs += [0.0] * (end - start) if log.logprobs is None else log.logprobs[first:last].tolist()
             sequence.cursor = end
         if sequence.phase is Phase.ENDED and not sequence.end_sent:
-            message.ended.add(
-                stream_id=sequence.request.stream_id,
-                index=sequence.index,
-                reason=int(sequence.log.reason),  # the numbers are the same
-                length=sequence.log.final_length,
-                cached_tokens=sequence.cached_tokens,
-            )
+            _add_end(message, sequence)
             sequence.end_sent = True
         sent.append(sequence)
-        if len(run.token_ids) > _MOST_TOKENS:
+        if len(token_ids) > _MOST_TOKENS or record_bytes > _MOST_RECORD_BYTES:
             break
-    for sequence in sent:
-        del connection.dirty[sequence]
+    run.stream_ids.extend(stream_ids)
+    run.indexes.extend(indexes)
+    run.offsets.extend(offsets)
+    run.counts.extend(counts)
+    run.token_ids.extend(token_ids)
+    run.logprobs.extend(logprobs)
+    if len(sent) == len(dirty):
+        dirty.clear()
+    else:
+        for sequence in sent:
+            del dirty[sequence]
+
+
+def _add_record(message: ex.ConnectResponse, request: Request) -> None:
+    message.records.add(
+        stream_id=request.stream_id, request=request.record.request, prompt_tokens=len(request.record.prompt)
+    )
+
+
+def _add_end(message: ex.ConnectResponse, sequence: Sequence) -> None:
+    message.ended.add(
+        stream_id=sequence.request.stream_id,
+        index=sequence.index,
+        reason=int(sequence.log.reason),  # the numbers are the same
+        length=sequence.log.final_length,
+        cached_tokens=sequence.cached_tokens,
+    )

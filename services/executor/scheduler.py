@@ -7,7 +7,6 @@ what is left of the token budget goes to prompts in order of arrival.
 from __future__ import annotations
 
 from bisect import insort
-from itertools import chain
 from typing import NamedTuple
 
 from services.executor.runner.base import Chunk
@@ -91,14 +90,21 @@ class Scheduler:
         asking = sum(sequence.asking for sequence in self.waiting)
         return max(self.max_num_seqs - len(self.running) - asking, 0)
 
-    def shares_unfilled_page(self, sequence: Sequence) -> bool:
-        """Whether another prompt is about to fill the page that this one would match next."""
+    def filling(self) -> dict[bytes, list[Sequence]]:
+        """Sequences whose prompt is being computed, or will be as soon as their row comes; by their opening."""
+        found: dict[bytes, list[Sequence]] = {}
+        for other in self.running:
+            if other.computed < other.prompt_length:
+                found.setdefault(other.opening, []).append(other)
+        for other in self.waiting:
+            if other.asking:
+                found.setdefault(other.opening, []).append(other)
+        return found
+
+    def shares_unfilled_page(self, sequence: Sequence, filling: list[Sequence]) -> bool:
+        """Whether one of `filling`, all of the same opening, is about to fill a page that this one would match next."""
         tokens, known = sequence.lane.tokens, sequence.known
-        for other in chain(self.running, self.waiting):
-            if other.phase is Phase.WAITING and not other.asking:
-                continue
-            if other.opening != sequence.opening or other.computed >= other.prompt_length:
-                continue
+        for other in filling:
             # The next page border after what the neighbour has computed is the one to wait for.
             border = (other.computed // self.page_size + 1) * self.page_size
             if border <= min(known, other.known) and bool((tokens[:border] == other.lane.tokens[:border]).all()):

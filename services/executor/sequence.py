@@ -78,24 +78,23 @@ class Sequence:
     ask_from: int = 0  # no further pages are asked for while `known` is below this
     asking: bool = False  # an `ensure` is on its way
     starved: bool = False  # the last `ensure` was refused for want of pages
+    preempted: bool = False  # has lost a row: what it finds cached may be its own
     held_until: float = 0.0  # waits for a neighbour's pages until this time, at most
     cached_tokens: int = 0
     cursor: int = 0  # the next of the output's tokens that its stream wants
     end_sent: bool = False
+    prompt_length: int = field(init=False)
+    # K/V positions that the sequence can come to need: its last token is never fed.
+    limit: int = field(init=False)
 
-    @property
-    def prompt_length(self) -> int:
-        return self.log.prompt_length
+    def __post_init__(self) -> None:
+        self.prompt_length = self.log.prompt_length
+        self.limit = max(self.log.capacity - 1, self.prompt_length)
 
     @property
     def length(self) -> int:
         """Tokens of the output so far."""
         return self.log.final_length if self.phase is Phase.ENDED else self.known - self.prompt_length
-
-    @property
-    def limit(self) -> int:
-        """K/V positions that the sequence can come to need: its last token is never fed."""
-        return max(self.log.capacity - 1, self.prompt_length)
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
@@ -114,6 +113,7 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     connection: Connection | None = None  # None: detached
     stream_id: int = 0
+    describe: bool = False  # the stream wants the record before any token
     expires: float = 0.0  # monotonic seconds: a detached request is cancelled then
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
+import structlog
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
@@ -15,6 +16,8 @@ from services.executor.inbox import Connected, Disconnected, FromFrontend, Inbox
 from services.executor.modelstore.store import PackedModel
 from services.executor.publisher import Connection
 from services.executor.shared import SharedPool
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +86,22 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
     ) -> None:
         connection = Connection(asyncio.get_running_loop(), lambda: self._inbox.put(Wake()))
         self._inbox.put(Connected(connection))
+        reader = asyncio.create_task(self._read(connection, request_iterator))
         writer = asyncio.create_task(self._write(connection, context))
         try:
-            async for message in request_iterator:
-                self._inbox.put(FromFrontend(connection, message))
+            # A side that fails takes the other with it: a stream that only listens would look alive for ever.
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                log.warning("a frontend's stream failed", exc_info=writer.exception())
         finally:
+            reader.cancel()
             writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
             self._inbox.put(Disconnected(connection))
+
+    async def _read(self, connection: Connection, requests: AsyncIterator[ex.ConnectRequest]) -> None:
+        async for message in requests:
+            self._inbox.put(FromFrontend(connection, message))
 
     async def _write(
         self, connection: Connection, context: grpc.aio.ServicerContext[ex.ConnectRequest, ex.ConnectResponse]

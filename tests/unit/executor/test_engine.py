@@ -167,7 +167,6 @@ def test_killed_anywhere_the_successor_goes_on(root: Path, seed: int) -> None:
         if rng.random() < 0.4:
             world.manager = world._new_manager()
         world.start_executor()
-        finished = {number for number in lengths if 0 in frontend.stream(number).ended}
         frontend = world.connect()
         for number, length in lengths.items():
             if number not in accepted:

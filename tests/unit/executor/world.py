@@ -83,6 +83,8 @@ class World:
         self.prefix_cache = True
         self.executors = 0
         self.lose_replies = False
+        self.away = False  # the manager answers nothing; calls pile up
+        self.unanswered: list[kv.Call] = []
         self.start_executor()
 
     def _new_manager(self) -> Manager:
@@ -96,7 +98,7 @@ class World:
     def start_executor(self) -> None:
         self.executors += 1
         self._executor_id = self.executors.to_bytes(16, "little")
-        FileLock(self.state.executor_lock)
+        self.away, self.unanswered = False, []
         lock = FileLock(self.state.executor_lock)
         lock.acquire()
         lock.write_id(self._executor_id)
@@ -140,7 +142,17 @@ class World:
             self.runner.map_pool(self.pool.map(), self.pool.pages, self.pool.page_size)
         self.inbox.put(Attached(reply.attach))
 
+    def answer(self, most: int = 1 << 30) -> None:
+        """The manager answers the oldest of what has piled up, and is there again once that is all."""
+        calls, self.unanswered = self.unanswered[:most], self.unanswered[most:]
+        self.away = False
+        self._send(calls)
+        self.away = bool(self.unanswered)
+
     def _send(self, calls: list[kv.Call]) -> None:
+        if self.away:
+            self.unanswered += calls
+            return
         for call in calls:
             reply = self.manager.call(call)
             if self.lose_replies:

@@ -136,4 +136,3 @@ class Executor:
 
     def with_row(self) -> list[Running]:
         return [sequence for sequence in self.sequences.values() if sequence.row >= 0]
-

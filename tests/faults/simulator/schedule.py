@@ -83,9 +83,7 @@ def _play(schedule: Schedule) -> Outcome:
     else:
         raise Violation("the schedule never ends")
     world.check_finished()
-    return Outcome(
-        world.stores.count, stores.count, world.manager_deaths, lives - 1, world.lost_answers, hits
-    )
+    return Outcome(world.stores.count, stores.count, world.manager_deaths, lives - 1, world.lost_answers, hits)
 
 
 def _turn(world: World, executor: Executor, arriving: list[str], rng: random.Random) -> bool:

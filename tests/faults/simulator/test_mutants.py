@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
 
@@ -15,7 +15,7 @@ from kvmanager.memory import Memory
 from kvmanager.pages import Ids, Pages
 from kvmanager.prefix import Hash, to_words
 from kvmanager.rows import Row, Rows
-from tests.faults.simulator.schedule import run
+from tests.faults.simulator.schedule import Schedule, run
 from tests.faults.simulator.test_simulator import SHORT, random_schedule
 from tests.faults.simulator.world import Violation
 
@@ -44,7 +44,8 @@ def row_entry_before_page_word(patch: Patch) -> None:
     real_make = Rows.make
 
     def make(self: Rows, key: str, index: int, pages: Ids, generations: np.ndarray, sealed: int) -> Row:
-        fresh = [late.get(page, generation) for page, generation in zip(pages.tolist(), generations.tolist(), strict=True)]
+        pairs = zip(pages.tolist(), generations.tolist(), strict=True)
+        fresh = [late.get(page, generation) for page, generation in pairs]
         row = real_make(self, key, index, pages, np.array(fresh, np.uint64), sealed)
         for page, generation in late.items():
             self._memory.put(self._tables.page_word, page, page_word(PageState.FILLING, generation))
@@ -195,13 +196,17 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
 )
 
 
+def play_all(schedules: Iterable[Schedule]) -> None:
+    for schedule in schedules:
+        run(schedule)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_planted_fault_is_found(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
     at_every_store = (replace(SHORT[0], manager_deaths=frozenset((store,))) for store in range(120))
     at_random = (random_schedule(seed) for seed in range(60))
     with pytest.raises(Violation) as found:
-        for schedule in chain(at_every_store, at_random):
-            run(schedule)
+        play_all(chain(at_every_store, at_random))
     # Not by crashing over it, but by an invariant that names it.
     assert ": Violation: " in str(found.value), found.value

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Final, Self
 
 # Reading a rollup walks page tables: often enough for a peak that lasts, rarely enough not to be seen.
-INTERVAL: Final = 0.5
+INTERVAL: Final = 1.0
 
 
 def descendants(root: int) -> list[int]:

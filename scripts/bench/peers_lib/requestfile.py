@@ -37,7 +37,7 @@ class Request:
 
 
 def draw(seed: int, count: int, lengths: tuple[int, int], max_tokens: int, prefix: str = "r") -> list[Request]:
-    """`count` requests with prompts of ordinary random tokens, `lengths` = (shortest, longest) in tokens, both included."""
+    """`count` requests with prompts of ordinary random tokens, `lengths` = (shortest, longest) of them."""
     shortest, longest = lengths
     if count < 1 or not 1 <= shortest <= longest:
         raise ValueError("want one request or more, and prompt lengths with 1 <= shortest <= longest")

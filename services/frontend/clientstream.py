@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import grpc
+import structlog
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.v1 import inference_pb2 as api
-from services.frontend.errors import RequestError
-from services.frontend.textstream import TextStream
+from services.frontend.errors import RequestError, unavailable
+from services.frontend.textstream import Decoder, TextStream
+
+log = structlog.get_logger()
+
+# A client is slow when one write to it takes this long while tokens pile up behind. A backlog
+# alone is none of its fault: a stream that is resumed gets all its tokens at once.
+SLOW_SECONDS: Final = 2.0
 
 _REASONS = {
     ex.END_REASON_STOP: api.FINISH_REASON_STOP,
@@ -32,55 +41,58 @@ class Output:
     logprobs: list[float] = field(default_factory=list)
     pending_text: str = ""
     ended: ex.Ended | None = None
-    finished: bool = False  # `finished` has been written
+    finished: bool = False  # `finished` has been handed to the writer
 
     @property
     def stopped(self) -> bool:
+        """A stop string ended it; the executor may not know yet."""
         return self.text.stopped
 
 
 class ClientStream:
     """Fed by the executor link, drained by the handler; both on the event loop."""
 
-    def __init__(
-        self, stream_id: int, request_id: str, decode: Callable[[Sequence[int]], str], most_pending: int
-    ) -> None:
+    def __init__(self, stream_id: int, request_id: str, decoder: Decoder, most_pending: int) -> None:
         self.stream_id = stream_id
         self.request_id = request_id
         self.message = api.GenerateRequest()
         self.outputs: list[Output] = []
         self.submit: ex.Submit | None = None  # a new request, until it is accepted
+        self.deadline: float | None = None  # of a new request, on the monotonic clock
         self.describe = False  # a resumed one, until its record has come
         self.positions: dict[int, int] = {}  # what a resuming client has, by output
+        self.least_grace = 0.0  # seconds that the request goes on when the client goes away
+        self.cancelled = False  # the client asked for it; the executor may not know yet
         self.accepted: api.Accepted | None = None
         self.error: RequestError | None = None
-        self.prompt_tokens = 0
-        self._decode = decode
+        self._decoder = decoder
         self._most_pending = most_pending
         self._events: list[api.GenerateResponse] = []
         self._wake = asyncio.Event()
+        self._writing_since: float | None = time.monotonic()  # None: the handler waits for us
 
     def begin(self, message: api.GenerateRequest) -> None:
         """The client's message is known: makes the outputs."""
         self.message = message
         stopping = message.stopping
         for index in range(message.n if message.HasField("n") else 1):
-            text = TextStream(self._decode, stopping.stop, stopping.min_tokens)
+            text = TextStream(self._decoder, stopping.stop, stopping.min_tokens)
             self.outputs.append(Output(index, text, self.positions.get(index, 0)))
 
     @property
-    def is_accepted(self) -> bool:
-        return self.accepted is not None
+    def finished(self) -> bool:
+        return bool(self.outputs) and all(output.finished for output in self.outputs)
 
     @property
-    def done(self) -> bool:
-        return self.error is not None or (bool(self.outputs) and all(output.finished for output in self.outputs))
+    def detach_grace(self) -> float:
+        """Seconds that the request goes on when the client goes away by itself."""
+        asked = self.message.response.detach_grace
+        return max(self.least_grace, asked.seconds + asked.nanos / 1e9)
 
     # --- from the executor ---
 
     def accept(self, prompt_tokens: int, cached_tokens: int) -> None:
         if self.accepted is None:
-            self.prompt_tokens = prompt_tokens
             self.accepted = api.Accepted(
                 request_id=self.request_id, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens
             )
@@ -96,17 +108,21 @@ class ClientStream:
             self.accept(record.prompt_tokens, 0)
 
     def notice(self, kind: api.NoticeKind, message: str) -> None:
-        self._events.append(api.GenerateResponse(notice=api.Notice(kind=kind, message=message)))
+        event = api.GenerateResponse(notice=api.Notice(kind=kind, message=message))
+        if event not in self._events:
+            self._events.append(event)
         self._wake.set()
 
-    def tokens(self, index: int, offset: int, ids: list[int], logprobs: list[float]) -> int | None:
-        """Takes a run. Returns the output's length when a stop string has just ended it."""
+    def tokens(self, index: int, offset: int, ids: list[int], logprobs: list[float]) -> bool:
+        """Takes a run. Whether a stop string has just ended the output, at `received`."""
         output = self.outputs[index]
         skip = output.received - offset
+        if self.error is not None or output.stopped or output.finished:
+            return False
         if skip < 0:
-            raise AssertionError(f"gap: token {offset} after {output.received}")
-        if output.stopped or output.finished:
-            return None
+            log.error("gap", request=self.request_id, output=index, expected=output.received, offset=offset)
+            self.fail(unavailable("the stream lost its place; Resume at the number of tokens received"))
+            return False
         for number in range(skip, len(ids)):
             text = output.text.feed(ids[number])
             output.received += 1
@@ -117,11 +133,11 @@ class ClientStream:
                     output.logprobs.append(logprobs[number])
             if output.stopped:
                 break
-        if len(output.ids) > self._most_pending:
+        if len(output.ids) > self._most_pending and self._writes_for() > SLOW_SECONDS:
             message = "the client reads too slowly; Resume at the number of tokens received"
             self.fail(RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER", message))
         self._wake.set()
-        return output.received if output.stopped else None
+        return output.stopped
 
     def end(self, ended: ex.Ended) -> None:
         output = self.outputs[ended.index]
@@ -137,46 +153,67 @@ class ClientStream:
 
     async def drain(self) -> list[api.GenerateResponse]:
         """Waits until there is something, then takes all of it: one message for each output."""
-        while True:
-            self._wake.clear()
-            responses = self._events
-            self._events = []
-            for output in self.outputs if self.is_accepted else ():
-                responses.extend(self._take(output))
-            if responses or self.error is not None:
-                return responses
-            await self._wake.wait()
+        self._writing_since = None
+        try:
+            while True:
+                self._wake.clear()
+                responses = self._events
+                self._events = []
+                for output in self.outputs:
+                    responses.extend(self._take(output))
+                if responses or self.error is not None:
+                    return responses
+                await self._wake.wait()
+        finally:
+            self._writing_since = time.monotonic()
+
+    def _writes_for(self) -> float:
+        """Seconds since the handler took what it is writing."""
+        return 0.0 if self._writing_since is None else time.monotonic() - self._writing_since
 
     def _take(self, output: Output) -> Iterator[api.GenerateResponse]:
         if output.finished:
             return
         ended = output.ended
-        over = output.stopped or (ended is not None and output.received >= ended.length)
-        if over and not output.stopped:
-            output.pending_text += output.text.finish()  # may find a stop string in what was held back
+        # After a stop string too: usage and the stored end are the executor's.
+        over = ended is not None and (output.stopped or output.received >= ended.length)
+        if over:
+            output.pending_text += self._rest(output)
         if output.ids or output.pending_text:
-            offset = output.received - len(output.ids)
             yield api.GenerateResponse(
                 tokens=api.Tokens(
                     index=output.index,
-                    offset=offset,
+                    offset=output.received - len(output.ids),
                     token_ids=output.ids,
                     text=output.pending_text,
                     logprobs=output.logprobs,
                 )
             )
             output.ids, output.logprobs, output.pending_text = [], [], ""
-        if over:
+        if over and ended is not None:
             output.finished = True
-            reason = api.FINISH_REASON_STOP if output.stopped or ended is None else _REASONS[ended.reason]
-            yield api.GenerateResponse(
-                finished=api.Finished(
-                    index=output.index,
-                    reason=reason,
-                    usage=api.Usage(
-                        prompt_tokens=self.prompt_tokens,
-                        completion_tokens=output.received,
-                        cached_tokens=ended.cached_tokens if ended is not None else 0,
-                    ),
-                )
-            )
+            yield api.GenerateResponse(finished=self._finished(output, ended))
+
+    @staticmethod
+    def _rest(output: Output) -> str:
+        """The held-back text of an output that is over.
+
+        It belongs to the last token, with which it comes: a client that has the token has the text.
+        An output that was cancelled ends with its last token's own text, for that token may be
+        written long since.
+        """
+        if output.ended is None or output.ended.reason == ex.END_REASON_CANCELLED:
+            return ""
+        rest = output.text.finish()  # may find a stop string
+        return rest if output.received > output.wanted_from else ""
+
+    def _finished(self, output: Output, ended: ex.Ended) -> api.Finished:
+        return api.Finished(
+            index=output.index,
+            reason=api.FINISH_REASON_STOP if output.stopped else _REASONS[ended.reason],
+            usage=api.Usage(
+                prompt_tokens=self.accepted.prompt_tokens if self.accepted is not None else 0,
+                completion_tokens=output.received,
+                cached_tokens=ended.cached_tokens,
+            ),
+        )

@@ -6,11 +6,9 @@ client gets INTERNAL with that id.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -47,7 +45,7 @@ class RequestError(Exception):
             details.append(error_details_pb2.BadRequest(field_violations=[violation]))
         if self.retry_seconds:
             retry = error_details_pb2.RetryInfo()
-            retry.retry_delay.FromTimedelta(_timedelta(self.retry_seconds))
+            retry.retry_delay.FromTimedelta(timedelta(seconds=self.retry_seconds))
             details.append(retry)
         packed = []
         for detail in details:
@@ -55,12 +53,6 @@ class RequestError(Exception):
             one.Pack(detail)
             packed.append(one)
         return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=self.message, details=packed)
-
-
-def _timedelta(seconds: float) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=seconds)
 
 
 def invalid(field: str, message: str) -> RequestError:
@@ -115,12 +107,16 @@ def from_failure(failed: ex.Failed) -> RequestError:
     return RequestError(code, reason, failed.detail or message, retry_seconds=retry)
 
 
-class Unparsable:
+class _Unparsable:
     """Stands for a request whose bytes are no valid message, such as a string that is not UTF-8."""
 
 
-class LenientParsing(grpc.aio.ServerInterceptor):
-    """Bytes that do not parse become a clear INVALID_ARGUMENT instead of gRPC's INTERNAL."""
+class ErrorGuard(grpc.aio.ServerInterceptor):
+    """Around every method with one request: what it raises, and bytes that do not parse, become statuses.
+
+    Methods that stream must write to their context. A generator would be left hanging at its `yield`
+    when the client goes away; a method that writes gets the exception there, and its `finally` runs at once.
+    """
 
     async def intercept_service(
         self,
@@ -128,64 +124,46 @@ class LenientParsing(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None or handler.request_streaming:
-            return handler
+        if handler is None:
+            return None
         parse = handler.request_deserializer
-
-        def lenient(data: bytes) -> Any:
-            try:
-                return parse(data)
-            except Exception:
-                return Unparsable()
-
-        return handler._replace(request_deserializer=lenient)
+        if handler.request_streaming:
+            # Only reflection, which has an answer of its own to an empty message.
+            return handler._replace(request_deserializer=_lenient(parse, parse(b"")))
+        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+        guarded = {kind: _guard(getattr(handler, kind)), "request_deserializer": _lenient(parse, _Unparsable())}
+        return handler._replace(**guarded)
 
 
-def _check(request: object) -> None:
-    if isinstance(request, Unparsable):
-        message = "the request is not a valid message; strings must be UTF-8"
-        raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "UNPARSABLE", message)
+def _lenient(parse: Callable[[bytes], Any], otherwise: object) -> Callable[[bytes], Any]:
+    def lenient(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except Exception:
+            return otherwise
+
+    return lenient
 
 
-async def _abort(context: Any, error: BaseException) -> NoReturn:
+def _guard(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            if isinstance(request, _Unparsable):
+                message = "the request is not a valid message; strings must be UTF-8"
+                raise RequestError(grpc.StatusCode.INVALID_ARGUMENT, "UNPARSABLE", message)
+            return await method(request, context)
+        except grpc.aio.BaseError:
+            raise  # the call is over already: aborted, or the client is gone
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: Any, error: Exception) -> NoReturn:
     if not isinstance(error, RequestError):
         error_id = secrets.token_hex(6)
         log.error("unexpected error", error_id=error_id, exc_info=error)
         error = RequestError(grpc.StatusCode.INTERNAL, "INTERNAL", f"internal error {error_id}; see the server's log")
     await context.abort_with_status(rpc_status.to_status(error.status()))
     raise AssertionError("abort always raises")
-
-
-def guarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """For unary methods."""
-
-    @functools.wraps(method)
-    async def call(self: object, request: Any, context: Any) -> Any:
-        try:
-            _check(request)
-            return await method(self, request, context)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception as error:
-            await _abort(context, error)
-
-    return call
-
-
-def guarded_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncIterator[Any]]:
-    """For methods that answer with a stream."""
-
-    @functools.wraps(method)
-    async def call(self: object, request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            _check(request)
-            # Closed at once when the client is gone, not when the collector comes by.
-            async with aclosing(method(self, request, context)) as responses:
-                async for response in responses:
-                    yield response
-        except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
-            raise
-        except Exception as error:
-            await _abort(context, error)
-
-    return call

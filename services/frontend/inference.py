@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncGenerator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
 
 import grpc
 
@@ -14,28 +17,26 @@ from pagehold.runtime import failpoint
 from pagehold.v1 import inference_pb2 as api
 from pagehold.v1 import inference_pb2_grpc as api_grpc
 from services.frontend.clientstream import ClientStream
-from services.frontend.errors import (
-    RequestError,
-    guarded,
-    guarded_stream,
-    invalid,
-    unavailable,
-)
-from services.frontend.link import TENANT, ExecutorLink
+from services.frontend.errors import RequestError, unavailable
+from services.frontend.link import LOST_GRACE, TENANT, ExecutorLink
 from services.frontend.validation import (
     ServedModel,
+    check_detokenize,
     check_id,
     check_model,
     check_prompt,
     check_request,
+    check_resume,
     digest,
-    prompt_text,
+    encode_prompt,
 )
 
-# Texts beyond this are tokenized in a thread, so that other streams go on meanwhile.
-_LONG_TEXT: Final = 4096
-# A stream that breaks here detaches its request for as long as the executor would after our death.
-_SHUTDOWN_GRACE: Final = 30.0
+T = TypeVar("T")
+
+# Larger messages are worked on in threads, so that other streams go on meanwhile; few threads,
+# so that the executor keeps its processors.
+_LARGE: Final = 4096  # bytes
+_THREADS: Final = 2
 
 
 class InferenceServicer(api_grpc.InferenceServiceServicer):
@@ -45,101 +46,90 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
         self._link = link
         self._max_streams = max_streams
         self._max_stream_buffer = max_stream_buffer
+        self._calls = 0
+        self._threads = ThreadPoolExecutor(_THREADS, "tokenize")
         self.draining = False
 
-    @guarded_stream
-    async def Generate(self, request: api.GenerateRequest, context: Any) -> AsyncGenerator[api.GenerateResponse, None]:
-        model = self._model()
-        check_request(request, model)
-        prompt = await self._tokens(request, model)
-        max_tokens = check_prompt(request, prompt, model)
-        body = digest(request)
-        request.request_id = request.request_id or uuid.uuid4().hex
-        stream = self._stream(request.request_id, model)
-        stream.begin(request)
-        remaining = context.time_remaining()
-        stream.submit = ex.Submit(
-            stream_id=stream.stream_id,
-            tenant=TENANT,
-            request=request.SerializeToString(),
-            digest=body,
-            prompt=prompt,
-            max_tokens=max_tokens,
-            timeout_ms=max(int(remaining * 1000), 1) if remaining is not None else 0,
-        )
-        grace = request.response.detach_grace
-        async for response in self._serve(stream, grace.seconds + grace.nanos / 1e9):
-            yield response
+    async def Generate(self, request: api.GenerateRequest, context: Any) -> None:
+        with self._admitted() as model:
+            check_request(request, model)
+            prompt = await self._work(request.ByteSize(), lambda: encode_prompt(request, model))
+            max_tokens = check_prompt(request, prompt, model)
+            body = digest(request)
+            request.request_id = request.request_id or uuid.uuid4().hex
+            stream = self._stream(request.request_id, model)
+            stream.begin(request)
+            remaining = context.time_remaining()
+            stream.deadline = time.monotonic() + remaining if remaining is not None else None
+            stream.submit = ex.Submit(
+                stream_id=stream.stream_id,
+                tenant=TENANT,
+                request=request.SerializeToString(),
+                digest=body,
+                prompt=prompt,
+                max_tokens=max_tokens,
+            )
+            await self._serve(stream, context)
 
-    @guarded_stream
-    async def Resume(self, request: api.ResumeRequest, context: Any) -> AsyncGenerator[api.GenerateResponse, None]:
-        model = self._model()
-        if not request.request_id:
-            raise invalid("request_id", "is empty")
-        check_id(request.request_id)
-        stream = self._stream(request.request_id, model)
-        stream.describe = True
-        stream.positions = {position.index: position.offset for position in request.positions}
-        # Whoever resumes has lost a stream before: losing this one too does not end the request.
-        async for response in self._serve(stream, _SHUTDOWN_GRACE):
-            yield response
+    async def Resume(self, request: api.ResumeRequest, context: Any) -> None:
+        with self._admitted() as model:
+            check_resume(request)
+            stream = self._stream(request.request_id, model)
+            stream.describe = True
+            stream.positions = {position.index: position.offset for position in request.positions}
+            # Whoever resumes has lost a stream before: losing this one too does not end the request.
+            stream.least_grace = LOST_GRACE
+            await self._serve(stream, context)
 
-    @guarded
     async def Cancel(self, request: api.CancelRequest, context: Any) -> api.CancelResponse:
-        if not request.request_id:
-            raise invalid("request_id", "is empty")
-        check_id(request.request_id)
+        check_id(request.request_id, required=True)
         self._link.cancel(request.request_id)
         return api.CancelResponse()
 
-    @guarded
     async def Tokenize(self, request: api.TokenizeRequest, context: Any) -> api.TokenizeResponse:
-        model = self._model()
-        check_model(request.model, model)
-        return api.TokenizeResponse(ids=await self._encode(request, model))
+        with self._admitted() as model:
+            check_model(request.model, model)
+            ids = await self._work(request.ByteSize(), lambda: encode_prompt(request, model))
+            return api.TokenizeResponse(ids=ids)
 
-    @guarded
     async def Detokenize(self, request: api.DetokenizeRequest, context: Any) -> api.DetokenizeResponse:
-        model = self._model()
-        check_model(request.model, model)
-        for token in request.ids:
-            if token >= model.described.vocab_size:
-                raise invalid("ids", f"token id {token} is not in the vocabulary of {model.described.vocab_size}")
-        return api.DetokenizeResponse(text=model.tokenizer.decode(request.ids))
+        with self._admitted() as model:
+            check_detokenize(request, model)
+            text = await self._work(request.ByteSize(), lambda: model.tokenizer.decode(request.ids))
+            return api.DetokenizeResponse(text=text)
 
-    async def _serve(self, stream: ClientStream, grace: float) -> AsyncGenerator[api.GenerateResponse, None]:
+    async def _serve(self, stream: ClientStream, context: Any) -> None:
         self._link.open(stream)
         try:
-            while not stream.done:
+            while not stream.finished:
                 for response in await stream.drain():
                     failpoint.hit("frontend.write.before")
-                    yield response
-            if stream.error is not None:
-                raise stream.error
+                    await context.write(response)
+                if stream.error is not None and not stream.finished:
+                    raise stream.error
         finally:
             # Only a client that went away by itself says what should become of its request.
-            ours = self.draining or stream.error is not None
-            self._link.close(stream, _SHUTDOWN_GRACE if ours else grace)
+            self._link.close(stream, gone=stream.error is None and not self.draining)
 
-    def _stream(self, request_id: str, model: ServedModel) -> ClientStream:
-        if self._link.open_streams >= self._max_streams:
-            message = f"all {self._max_streams} streams of this frontend are in use; try again later"
-            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_seconds=1.0)
-        return ClientStream(self._link.next_id(), request_id, model.tokenizer.decode, self._max_stream_buffer)
-
-    def _model(self) -> ServedModel:
+    @contextmanager
+    def _admitted(self) -> Iterator[ServedModel]:
+        """Counts the call. Raises RequestError when there are too many, or nothing to call."""
         if self.draining:
             raise unavailable("this frontend is shutting down; call another")
-        if self._link.model is None:
-            raise unavailable("no executor is ready yet; try again in a moment")
-        return self._link.model
+        model = self._link.served()
+        if self._calls >= self._max_streams:
+            message = f"all {self._max_streams} streams of this frontend are in use; try again later"
+            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", message, retry_seconds=1.0)
+        self._calls += 1
+        try:
+            yield model
+        finally:
+            self._calls -= 1
 
-    async def _tokens(self, request: api.GenerateRequest, model: ServedModel) -> list[int]:
-        if request.WhichOneof("prompt") == "token_ids":
-            return list(request.token_ids.ids)
-        return await self._encode(request, model)
+    def _stream(self, request_id: str, model: ServedModel) -> ClientStream:
+        return ClientStream(self._link.next_id(), request_id, model.tokenizer, self._max_stream_buffer)
 
-    async def _encode(self, request: api.GenerateRequest | api.TokenizeRequest, model: ServedModel) -> list[int]:
-        text, is_chat = prompt_text(request, model)
-        encode = model.tokenizer.encode_chat if is_chat else model.tokenizer.encode
-        return encode(text) if len(text) < _LONG_TEXT else await asyncio.to_thread(encode, text)
+    async def _work(self, size: int, work: Callable[[], T]) -> T:
+        if size < _LARGE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

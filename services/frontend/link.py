@@ -1,15 +1,18 @@
 """The frontend's one stream to the executor, kept up for ever.
 
 After every reconnect all open streams are told again: those not accepted yet are submitted, the
-others attached at the next offset that they expect. The executor's answers are idempotent, so
-nothing here needs to know what got through before the break.
+others attached at the next offset that they expect, stop strings found and cancels repeated. The
+executor's answers are idempotent, so nothing here needs to know what got through before the break.
+
+While the executor is away, a client that goes away takes its request with it if its grace is 0.
+Any other grace cannot be told: the executor gives such requests the 30 s of a lost frontend.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -21,16 +24,20 @@ from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
 from pagehold.runtime.channel import client_options
 from pagehold.v1 import inference_pb2 as api
 from services.frontend.clientstream import ClientStream
-from services.frontend.errors import from_failure
+from services.frontend.errors import from_failure, unavailable
 from services.frontend.tokenizer import ModelTokenizer
 from services.frontend.validation import ServedModel
 
 log = structlog.get_logger()
 
 TENANT: Final = "default"
+LOST_GRACE: Final = 30.0  # seconds; a stream that breaks through us is detached as if we had died
 _RETRY_SECONDS: Final = 0.03
-_REPEAT_SECONDS: Final = 10.0  # cancels and stops of the last seconds are sent again after a break
-_MOST_REPEATED: Final = 4096
+_FAULT_SECONDS: Final = 1.0
+_REPEAT_SECONDS: Final = 10.0  # a cancel sent this long before a break has arrived
+_MOST_CANCELS: Final = 65_536
+_LONGEST_TIMEOUT_MS: Final = 1 << 32  # 49 days
+_TOKENS_AT_ONCE: Final = 512  # fed before other streams get a turn: a resumed crowd has much to replay
 
 
 class ExecutorLink:
@@ -41,19 +48,22 @@ class ExecutorLink:
         self._on_change = on_change
         self._outgoing: asyncio.Queue[ex.ConnectRequest] = asyncio.Queue()
         self._streams: dict[int, ClientStream] = {}
-        self._recent: deque[tuple[float, ex.ConnectRequest]] = deque(maxlen=_MOST_REPEATED)
+        self._cancels: dict[str, float] = {}  # by request id: when it was sent; infinity: not yet
+        self._lost_at = 0.0
         self._next_id = 0
         self._stub: ex_grpc.ExecutorServiceStub | None = None
         self.model: ServedModel | None = None
         self.connected = False
 
+    def served(self) -> ServedModel:
+        """Raises RequestError until the first executor has come."""
+        if self.model is None:
+            raise unavailable("no executor is ready yet; try again in a moment")
+        return self.model
+
     def next_id(self) -> int:
         self._next_id += 1
         return self._next_id
-
-    @property
-    def open_streams(self) -> int:
-        return len(self._streams)
 
     @property
     def streams(self) -> list[ClientStream]:
@@ -63,54 +73,55 @@ class ExecutorLink:
         """Submits or attaches the stream, now or when the executor is there."""
         self._streams[stream.stream_id] = stream
         if self.connected:
-            self._outgoing.put_nowait(self._introduce(stream))
+            self._introduce(stream)
 
-    def close(self, stream: ClientStream, grace_seconds: float) -> None:
-        """The client is gone or served; `grace_seconds` counts only for a request that goes on."""
-        self._streams.pop(stream.stream_id, None)
-        if stream.done and stream.error is None:
+    def close(self, stream: ClientStream, gone: bool) -> None:
+        """The stream is over. `gone`: by its client's will, which says what becomes of the request."""
+        if self._streams.pop(stream.stream_id, None) is None or stream.finished:
             return
-        grace_ms = int(grace_seconds * 1000)
+        grace = stream.detach_grace if gone else max(stream.detach_grace, LOST_GRACE)
         if self.connected:
-            detach = ex.Detach(stream_id=stream.stream_id, grace_ms=grace_ms)
-            self._outgoing.put_nowait(ex.ConnectRequest(detach=detach))
-        elif grace_ms == 0:
+            self._send(ex.ConnectRequest(detach=ex.Detach(stream_id=stream.stream_id, grace_ms=int(grace * 1000))))
+        elif grace == 0 and all(other.request_id != stream.request_id for other in self.streams):
             self.cancel(stream.request_id)
 
     def cancel(self, request_id: str) -> None:
-        self._repeatable(ex.ConnectRequest(cancel=ex.Cancel(tenant=TENANT, request_id=request_id)))
-
-    def _stop_at(self, request_id: str, index: int, length: int) -> None:
-        stop = ex.StopAt(tenant=TENANT, request_id=request_id, index=index, length=length)
-        self._repeatable(ex.ConnectRequest(stop_at=stop))
-
-    def _repeatable(self, message: ex.ConnectRequest) -> None:
-        self._recent.append((time.monotonic(), message))
+        """Ends the request, wherever it is read; repeated until it must have arrived."""
+        for stream in self._streams.values():
+            stream.cancelled = stream.cancelled or stream.request_id == request_id
+        self._cancels.pop(request_id, None)
         if self.connected:
-            self._outgoing.put_nowait(message)
+            self._cancels = _after(self._cancels, time.monotonic() - _REPEAT_SECONDS)
+            self._send_cancel(request_id)
+        else:
+            self._cancels[request_id] = math.inf
+        if len(self._cancels) > _MOST_CANCELS:
+            del self._cancels[next(iter(self._cancels))]
 
     async def load(self) -> ex.GetLoadResponse:
         """Raises AioRpcError when the executor is away."""
         if self._stub is None:
             return ex.GetLoadResponse()
-        return await self._stub.GetLoad(ex.GetLoadRequest(), timeout=2)
+        load: ex.GetLoadResponse = await self._stub.GetLoad(ex.GetLoadRequest(), timeout=2)
+        return load
 
     async def run(self) -> None:
         """Connects for ever."""
         async with grpc.aio.insecure_channel(self._address, options=client_options()) as channel:
             self._stub = ex_grpc.ExecutorServiceStub(channel)
             while True:
+                pause = _RETRY_SECONDS
                 try:
-                    described = await self._stub.Describe(ex.DescribeRequest(), wait_for_ready=True)
-                    await self._learn(described)
+                    await self._learn(await self._stub.Describe(ex.DescribeRequest(), wait_for_ready=True))
                     await self._session(self._stub)
                 except grpc.aio.AioRpcError as error:
-                    if self.connected:
-                        log.warning("executor lost; streams wait for the next one", code=error.code().name)
-                if self.connected:
-                    self.connected = False
-                    self._on_change()
-                await asyncio.sleep(_RETRY_SECONDS)
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:  # it is there, but no executor of ours
+                        log.warning("the executor does not say what it serves", code=error.code().name)
+                        pause = _FAULT_SECONDS
+                except Exception:
+                    log.exception("the executor's answer makes no sense; connecting again")
+                    pause = _FAULT_SECONDS
+                await asyncio.sleep(pause)
 
     async def _learn(self, described: ex.DescribeResponse) -> None:
         known = self.model
@@ -123,67 +134,128 @@ class ExecutorLink:
         self.model = ServedModel(described, tokenizer)
 
     async def _session(self, stub: ex_grpc.ExecutorServiceStub) -> None:
-        stream = stub.Connect()
+        call = stub.Connect()
         self._outgoing = asyncio.Queue()
-        horizon = time.monotonic() - _REPEAT_SECONDS
-        for client in self._streams.values():
-            if client.is_accepted:
-                client.notice(api.NOTICE_KIND_RECOVERED, "the executor was replaced; the stream goes on")
-            self._outgoing.put_nowait(self._introduce(client))
-        for at, message in self._recent:
-            if at > horizon:
-                self._outgoing.put_nowait(message)
-        writer = asyncio.create_task(self._write(stream, self._outgoing))
+        self._begin()
+        writer = asyncio.create_task(self._write(call, self._outgoing))
         self.connected = True
         self._on_change()
         try:
-            while (message := await stream.read()) is not grpc.aio.EOF:
-                self._dispatch(message)
+            while (message := await call.read()) is not grpc.aio.EOF:
+                await self._dispatch(message)
+        except grpc.aio.AioRpcError:
+            pass  # the same as the end
         finally:
+            self.connected = False
+            self._lost_at = time.monotonic()
             writer.cancel()
-            stream.cancel()
+            call.cancel()
+            self._on_change()
+        log.warning("executor lost; streams wait for the next one", streams=len(self._streams))
+
+    def _begin(self) -> None:
+        """Tells the executor everything that it may not know."""
+        # First the cancels: they do not mean a request that was opened under the same id since.
+        self._cancels = _after(self._cancels, self._lost_at - _REPEAT_SECONDS)
+        for request_id in list(self._cancels):
+            self._send_cancel(request_id)
+        for stream in self._streams.values():
+            if stream.accepted is not None:
+                stream.notice(api.NOTICE_KIND_RECOVERED, "the executor was replaced; the stream goes on")
+            self._introduce(stream)
+            if stream.cancelled:
+                self._send_cancel(stream.request_id)
+            for output in stream.outputs:
+                if output.stopped and output.ended is None:
+                    self._send_stop(stream, output.index)
 
     async def _write(
         self,
-        stream: grpc.aio.StreamStreamCall[ex.ConnectRequest, ex.ConnectResponse],
+        call: grpc.aio.StreamStreamCall[ex.ConnectRequest, ex.ConnectResponse],
         outgoing: asyncio.Queue[ex.ConnectRequest],
     ) -> None:
         try:
             while True:
-                await stream.write(await outgoing.get())
+                await call.write(await outgoing.get())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the reading side reports how the stream ended
 
-    def _introduce(self, stream: ClientStream) -> ex.ConnectRequest:
+    # --- to the executor ---
+
+    def _send(self, message: ex.ConnectRequest) -> None:
+        self._outgoing.put_nowait(message)
+
+    def _introduce(self, stream: ClientStream) -> None:
+        if not stream.cancelled:
+            self._cancels.pop(stream.request_id, None)  # an older wish, sent before and not to be repeated
         if stream.submit is not None:
-            return ex.ConnectRequest(submit=stream.submit)
+            stream.submit.timeout_ms = _timeout_ms(stream.deadline)
+            self._send(ex.ConnectRequest(submit=stream.submit))
+            return
         attach = ex.Attach(
             stream_id=stream.stream_id, tenant=TENANT, request_id=stream.request_id, describe=stream.describe
         )
         wanted = stream.positions if stream.describe else {o.index: o.received for o in stream.outputs}
         for index, offset in wanted.items():
             attach.positions.add(index=index, offset=offset)
-        return ex.ConnectRequest(attach=attach)
+        self._send(ex.ConnectRequest(attach=attach))
 
-    def _dispatch(self, message: ex.ConnectResponse) -> None:
-        for failed in message.failed:
-            if (stream := self._streams.get(failed.stream_id)) is not None:
-                stream.fail(from_failure(failed))
+    def _send_cancel(self, request_id: str) -> None:
+        self._cancels.pop(request_id, None)  # the order of the dict is that of the times
+        self._cancels[request_id] = time.monotonic()
+        self._send(ex.ConnectRequest(cancel=ex.Cancel(tenant=TENANT, request_id=request_id)))
+
+    def _send_stop(self, stream: ClientStream, index: int) -> None:
+        length = stream.outputs[index].received
+        stop = ex.StopAt(tenant=TENANT, request_id=stream.request_id, index=index, length=length)
+        self._send(ex.ConnectRequest(stop_at=stop))
+
+    # --- from the executor ---
+
+    async def _dispatch(self, message: ex.ConnectResponse) -> None:
         for accepted in message.accepted:
             if (stream := self._streams.get(accepted.stream_id)) is not None:
                 stream.accept(accepted.prompt_tokens, accepted.cached_tokens)
+                if stream.cancelled:  # maybe before the executor knew the request
+                    self._send_cancel(stream.request_id)
         for record in message.records:
             if (stream := self._streams.get(record.stream_id)) is not None:
                 stream.take_record(record)
-        run, taken = message.tokens, 0
-        for stream_id, index, offset, count in zip(run.stream_ids, run.indexes, run.offsets, run.counts, strict=True):
-            stream = self._streams.get(stream_id)
-            if stream is not None:
-                logprobs = run.logprobs[taken : taken + count] if stream.message.response.logprobs else []
-                stopped = stream.tokens(index, offset, list(run.token_ids[taken : taken + count]), list(logprobs))
-                if stopped is not None:
-                    self._stop_at(stream.request_id, index, stopped)
-            taken += count
+        # Before the tokens: with an output's last token it must be known that it is the last.
         for ended in message.ended:
             if (stream := self._streams.get(ended.stream_id)) is not None:
                 stream.end(ended)
+        await self._dispatch_tokens(message.tokens)
+        for failed in message.failed:
+            # At once: a stream that was taken over must not be introduced again.
+            if (stream := self._streams.pop(failed.stream_id, None)) is not None:
+                stream.fail(from_failure(failed))
+
+    async def _dispatch_tokens(self, run: ex.StepTokens) -> None:
+        taken = fed = 0
+        for stream_id, index, offset, count in zip(run.stream_ids, run.indexes, run.offsets, run.counts, strict=True):
+            first, taken = taken, taken + count
+            stream = self._streams.get(stream_id)
+            if stream is None:
+                continue
+            if fed + count > _TOKENS_AT_ONCE:
+                await asyncio.sleep(0)
+                fed = 0
+            fed += count
+            logprobs = run.logprobs[first:taken] if stream.message.response.logprobs else []
+            if stream.tokens(index, offset, list(run.token_ids[first:taken]), list(logprobs)):
+                self._send_stop(stream, index)
+            if stream.error is not None:
+                # Its handler may be stuck in a write: nothing more is to pile up for it.
+                self.close(stream, gone=False)
+
+
+def _after(times: dict[str, float], horizon: float) -> dict[str, float]:
+    return {key: at for key, at in times.items() if at > horizon}
+
+
+def _timeout_ms(deadline: float | None) -> int:
+    """What remains of it now, however often the request was submitted before. 0: no deadline."""
+    if deadline is None:
+        return 0
+    return min(max(int((deadline - time.monotonic()) * 1000), 1), _LONGEST_TIMEOUT_MS)

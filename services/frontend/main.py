@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.settings import FrontendSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
 from pagehold.v1 import inference_pb2, inference_pb2_grpc
-from services.frontend.errors import LenientParsing, unavailable
+from services.frontend.errors import ErrorGuard, unavailable
 from services.frontend.inference import InferenceServicer
 from services.frontend.link import ExecutorLink
 from services.frontend.modelinfo import ModelServicer
@@ -55,7 +56,7 @@ class _Frontend:
         self._link = ExecutorLink(executor_address, self._changed)
         self._inference = InferenceServicer(self._link, settings.max_streams, settings.max_stream_buffer)
         self._health = health_aio.HealthServicer()
-        self._lost_at = 0.0
+        self._lost_at = -math.inf  # when the executor was last lost
         self._stops = 0
         self._stop = asyncio.Event()
 
@@ -91,7 +92,7 @@ class _Frontend:
     def _server(self) -> grpc.aio.Server:
         size = self._settings.max_message_bytes
         server = grpc.aio.server(
-            interceptors=[LenientParsing()],
+            interceptors=[ErrorGuard()],
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", size),
@@ -114,16 +115,16 @@ class _Frontend:
         self._stop.set()
 
     def _changed(self) -> None:
-        self._lost_at = 0.0 if self._link.connected else time.monotonic()
+        if not self._link.connected:
+            self._lost_at = time.monotonic()
 
     async def _watch(self) -> None:
         """Readiness follows the executor, but not through every short gap."""
         ready = False
         while True:
-            gone = self._lost_at and time.monotonic() - self._lost_at > _LOST_SECONDS
-            wanted = self._link.model is not None and not gone
-            if wanted != ready:
-                ready = wanted
+            connected = self._link.connected
+            if connected != ready and (connected or time.monotonic() - self._lost_at > _LOST_SECONDS):
+                ready = connected
                 await self._set_ready(ready)
                 self._progress.set_state(State.READY if ready else State.STARTING)
                 log.info("ready" if ready else "not ready: no executor")
@@ -140,10 +141,10 @@ class _Frontend:
         self._inference.draining = True
         await self._health.enter_graceful_shutdown()
         deadline = time.monotonic() + self._settings.drain_grace
-        while self._link.open_streams and time.monotonic() < deadline and self._stops < 2:
+        while self._link.streams and time.monotonic() < deadline and self._stops < 2:
             await asyncio.sleep(0.02)
         for stream in self._link.streams:
             stream.fail(unavailable("this frontend is shutting down; Resume at another"))
-        while self._link.open_streams and time.monotonic() < deadline + 1:
+        while self._link.streams and time.monotonic() < deadline + 1:
             await asyncio.sleep(0.02)
         await server.stop(0.5)

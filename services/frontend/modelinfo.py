@@ -9,7 +9,7 @@ import grpc
 import pagehold
 from pagehold.v1 import inference_pb2 as api
 from pagehold.v1 import inference_pb2_grpc as api_grpc
-from services.frontend.errors import guarded, unavailable
+from services.frontend.errors import unavailable
 from services.frontend.link import ExecutorLink
 from services.frontend.validation import ServedModel, check_model
 
@@ -20,19 +20,16 @@ class ModelServicer(api_grpc.ModelServiceServicer):
     def __init__(self, link: ExecutorLink) -> None:
         self._link = link
 
-    @guarded
     async def ListModels(self, request: api.ListModelsRequest, context: Any) -> api.ListModelsResponse:
-        return api.ListModelsResponse(models=[_describe(self._model())])
+        return api.ListModelsResponse(models=[_describe(self._link.served())])
 
-    @guarded
     async def GetModel(self, request: api.GetModelRequest, context: Any) -> api.GetModelResponse:
-        model = self._model()
+        model = self._link.served()
         check_model(request.name, model)
         return api.GetModelResponse(model=_describe(model))
 
-    @guarded
     async def GetServerInfo(self, request: api.GetServerInfoRequest, context: Any) -> api.GetServerInfoResponse:
-        described = self._model().described
+        described = self._link.served().described
         return api.GetServerInfoResponse(
             version=pagehold.__version__,
             device=described.device,
@@ -44,9 +41,8 @@ class ModelServicer(api_grpc.ModelServiceServicer):
             pages=described.pages,
         )
 
-    @guarded
     async def GetLoad(self, request: api.GetLoadRequest, context: Any) -> api.GetLoadResponse:
-        self._model()
+        self._link.served()
         try:
             load = await self._link.load()
         except grpc.aio.AioRpcError as error:
@@ -59,11 +55,6 @@ class ModelServicer(api_grpc.ModelServiceServicer):
             prefill_tokens=load.prefill_tokens,
             decode_tokens=load.decode_tokens,
         )
-
-    def _model(self) -> ServedModel:
-        if self._link.model is None:
-            raise unavailable("no executor is ready yet; try again in a moment")
-        return self._link.model
 
 
 def _describe(model: ServedModel) -> api.Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +21,11 @@ LONGEST_STOP: Final = 512  # characters
 LONGEST_ID: Final = 256  # bytes
 MOST_STOP_TOKENS: Final = 1024
 MOST_BIASES: Final = 4096
+# With these no logit leaves the range of a float, whatever a request combines.
+LEAST_TEMPERATURE: Final = 2.0**-20  # a little below 1e-6, which no float is exactly
+LARGEST_TEMPERATURE: Final = 1e6
+LARGEST_PENALTY: Final = 1e3
+LARGEST_BIAS: Final = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +65,54 @@ def check_model(name: str, model: ServedModel) -> None:
         )
 
 
-def check_id(request_id: str) -> None:
+def check_id(request_id: str, required: bool = False) -> None:
+    if required and not request_id:
+        raise invalid("request_id", "is empty")
     if len(request_id.encode()) > LONGEST_ID:
         raise invalid("request_id", f"longer than {LONGEST_ID} bytes")
     if any(ord(character) < 32 or ord(character) == 127 for character in request_id):
         raise invalid("request_id", "holds control characters")
 
 
+def check_resume(request: api.ResumeRequest) -> None:
+    check_id(request.request_id, required=True)
+    if len({position.index for position in request.positions}) < len(request.positions):
+        raise invalid("positions", "names an output twice")
+
+
+def check_detokenize(request: api.DetokenizeRequest, model: ServedModel) -> None:
+    check_model(request.model, model)
+    if len(request.ids) > model.described.max_model_len:
+        raise invalid("ids", f"more than the {model.described.max_model_len} tokens of the context")
+    _check_tokens("ids", request.ids, model.described.vocab_size)
+
+
 def _check_range(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     inside = (low < value if open_low else low <= value) and value <= high
     if not math.isfinite(value) or not inside:
         bound = f"above {low:g}" if open_low else f"{low:g} or more"
-        limit = "" if high == math.inf else f" and at most {high:g}"
-        raise invalid(f"sampling.{name}", f"must be a number {bound}{limit}")
+        raise invalid(f"sampling.{name}", f"must be a number {bound} and at most {high:g}")
 
 
 def _check_sampling(sampling: api.Sampling, vocab: int) -> None:
     for name, low, high, open_low in (
-        ("temperature", 0.0, math.inf, False),
+        ("temperature", 0.0, LARGEST_TEMPERATURE, False),
         ("top_p", 0.0, 1.0, True),
         ("min_p", 0.0, 1.0, False),
-        ("repetition_penalty", 0.0, math.inf, True),
+        ("repetition_penalty", 1 / LARGEST_PENALTY, LARGEST_PENALTY, False),
         ("presence_penalty", -2.0, 2.0, False),
         ("frequency_penalty", -2.0, 2.0, False),
     ):
-        if sampling.HasField(name):  # type: ignore[arg-type]
+        if sampling.HasField(name):
             _check_range(name, float(getattr(sampling, name)), low, high, open_low)
+    if 0.0 < sampling.temperature < LEAST_TEMPERATURE:
+        raise invalid("sampling.temperature", "is too small; 0 is greedy, else at least 1e-06")
     if len(sampling.logit_bias) > MOST_BIASES:
         raise invalid("sampling.logit_bias", f"more than {MOST_BIASES} entries")
+    _check_tokens("sampling.logit_bias", sampling.logit_bias, vocab)
     for token, bias in sampling.logit_bias.items():
-        _check_token("sampling.logit_bias", token, vocab)
-        if not math.isfinite(bias):
-            raise invalid("sampling.logit_bias", f"the bias of token {token} must be a finite number")
+        if not abs(bias) <= LARGEST_BIAS:  # nor NaN
+            raise invalid("sampling.logit_bias", f"the bias of token {token} must be a number within {LARGEST_BIAS:g}")
 
 
 def _check_stopping(stopping: api.Stopping, vocab: int) -> None:
@@ -107,13 +129,23 @@ def _check_stopping(stopping: api.Stopping, vocab: int) -> None:
             raise invalid("stopping.stop", f"a string is longer than {LONGEST_STOP} characters")
     if len(stopping.stop_token_ids) > MOST_STOP_TOKENS:
         raise invalid("stopping.stop_token_ids", f"more than {MOST_STOP_TOKENS} ids")
-    for token in stopping.stop_token_ids:
-        _check_token("stopping.stop_token_ids", token, vocab)
+    _check_tokens("stopping.stop_token_ids", stopping.stop_token_ids, vocab)
 
 
-def _check_token(field: str, token: int, vocab: int) -> None:
-    if token >= vocab:
-        raise invalid(field, f"token id {token} is not in the vocabulary of {vocab}")
+def _check_tokens(field: str, tokens: Collection[int], vocab: int) -> None:
+    if tokens and (highest := max(tokens)) >= vocab:
+        raise invalid(field, f"token id {highest} is not in the vocabulary of {vocab}")
+
+
+def encode_prompt(request: api.GenerateRequest | api.TokenizeRequest, model: ServedModel) -> list[int]:
+    """The prompt's tokens. Raises RequestError; lets nothing through that is far beyond the context."""
+    if isinstance(request, api.GenerateRequest) and request.HasField("token_ids"):
+        if len(request.token_ids.ids) >= model.described.max_model_len:
+            raise _too_long("token_ids", model, len(request.token_ids.ids))
+        _check_tokens("token_ids", request.token_ids.ids, model.described.vocab_size)
+        return list(request.token_ids.ids)
+    text, is_chat = prompt_text(request, model)
+    return model.tokenizer.encode_chat(text) if is_chat else model.tokenizer.encode(text)
 
 
 def prompt_text(request: api.GenerateRequest | api.TokenizeRequest, model: ServedModel) -> tuple[str, bool]:
@@ -123,9 +155,13 @@ def prompt_text(request: api.GenerateRequest | api.TokenizeRequest, model: Serve
     if which == "chat":
         if not request.chat.messages:
             raise invalid("chat", "has no messages")
-        if sum(len(message.content) for message in request.chat.messages) > limit:
+        messages = request.chat.messages
+        if len(messages) > model.described.max_model_len or sum(len(m.role) + len(m.content) for m in messages) > limit:
             raise _too_long("chat", model)
-        return model.tokenizer.render(request.chat.messages), True
+        rendered = model.tokenizer.render(messages)
+        if len(rendered) > limit:
+            raise _too_long("chat", model)
+        return rendered, True
     if which != "text":
         raise invalid("prompt", "is missing: set text, token_ids or chat")
     if not request.text:
@@ -137,20 +173,22 @@ def prompt_text(request: api.GenerateRequest | api.TokenizeRequest, model: Serve
 
 
 def check_prompt(request: api.GenerateRequest, prompt: list[int], model: ServedModel) -> int:
-    """The prompt's tokens against vocabulary and context; returns max_tokens resolved.
+    """The prompt's tokens against the context; returns max_tokens resolved.
 
-    A max_tokens beyond the context is cut to it: the output then ends with LENGTH.
+    A max_tokens beyond the context is cut to it: the output then ends with LENGTH. Without one the
+    page pool is a bound too; a request that names more than the pool holds is the executor's to refuse.
     """
     which = request.WhichOneof("prompt") or "prompt"
     if not prompt:
         raise invalid(which, "is empty")
-    for token in prompt if which == "token_ids" else ():
-        _check_token("token_ids", token, model.described.vocab_size)
     room = model.described.max_model_len - len(prompt)
     if room < 1:
         raise _too_long(which, model, len(prompt))
     stopping = request.stopping
-    max_tokens = min(stopping.max_tokens, room) if stopping.HasField("max_tokens") else room
+    described = model.described
+    pool_room = described.pages * described.page_size - len(prompt) + 1
+    wanted = stopping.max_tokens if stopping.HasField("max_tokens") else max(pool_room, stopping.min_tokens, 1)
+    max_tokens = min(wanted, room)
     if stopping.min_tokens > max_tokens:
         raise invalid("stopping.min_tokens", f"only {max_tokens} tokens fit the context")
     return max_tokens
@@ -166,5 +204,5 @@ def digest(request: api.GenerateRequest) -> bytes:
     body = api.GenerateRequest()
     body.CopyFrom(request)
     body.ClearField("request_id")
-    body.DiscardUnknownFields()  # type: ignore[attr-defined]
+    body.DiscardUnknownFields()
     return hashlib.sha256(body.SerializeToString(deterministic=True)).digest()

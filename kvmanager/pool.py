@@ -15,13 +15,13 @@ from typing import Final
 import numpy as np
 
 from kvmanager.errors import Refusal, Refused
+from kvmanager.geometry import read_fingerprint, read_geometry
 from kvmanager.layout import (
     HEADER_WORDS,
     LAYOUT_VERSION,
     TABLES_MAGIC,
     Geometry,
     Header,
-    KvDtype,
     Tables,
 )
 from pagehold.runtime.memory import available_bytes
@@ -44,7 +44,7 @@ class Pool:
         """Raises ValueError when the header's numbers contradict each other."""
         self._path = state.pool
         self.tables = tables
-        self.geometry = _read_geometry(tables.header)
+        self.geometry = read_geometry(tables.header)
         if self.word(Header.PAGE_BYTES) != self.geometry.page_bytes:
             raise ValueError("page size")
 
@@ -54,7 +54,7 @@ class Pool:
     @property
     def fingerprint(self) -> str:
         """Of the model's contents: 64 hex digits."""
-        return self.tables.header[Header.FINGERPRINT : Header.FINGERPRINT + 4].tobytes().hex()
+        return read_fingerprint(self.tables.header)
 
     def back(self, last_page: int) -> int:
         """Puts memory behind the pool up to and with `last_page`, in whole extents.
@@ -194,20 +194,6 @@ def _write_header(tables: Tables, geometry: Geometry, fingerprint: str) -> None:
     header[Header.BOOT_ID : Header.BOOT_ID + 2] = np.frombuffer(_boot_id(), np.uint64)
     header[Header.FINGERPRINT : Header.FINGERPRINT + 4] = np.frombuffer(bytes.fromhex(fingerprint), np.uint64)
     header[Header.READY] = 1
-
-
-def _read_geometry(header: np.ndarray) -> Geometry:
-    return Geometry(
-        pages=int(header[Header.PAGES]),
-        rows=int(header[Header.ROWS]),
-        page_size=int(header[Header.PAGE_SIZE]),
-        layers=int(header[Header.LAYERS]),
-        kv_heads=int(header[Header.KV_HEADS]),
-        head_dim=int(header[Header.HEAD_DIM]),
-        kv_dtype=KvDtype(int(header[Header.KV_DTYPE])),
-        layout_id=int(header[Header.LAYOUT_ID]),
-        max_model_len=int(header[Header.MAX_MODEL_LEN]),
-    )
 
 
 def _make_file(path: Path, size: int, backed: bool) -> None:

@@ -13,8 +13,9 @@ import structlog
 from kvmanager import pool as pools
 from kvmanager.core import ManagerCore
 from kvmanager.errors import Refusal, Refused
+from kvmanager.geometry import asked_geometry, difference
 from kvmanager.integrity import check_tables
-from kvmanager.layout import Geometry, KvDtype
+from kvmanager.layout import Geometry
 from kvmanager.pool import REMEDY, CannotAdopt, Pool
 from kvmanager.records import Records
 from pagehold.kv.v1 import kv_manager_pb2 as kv
@@ -86,7 +87,7 @@ class Manager:
     def _attach(self, request: kv.AttachRequest) -> kv.AttachResponse:
         if len(request.executor_id) != 16 or request.executor_id != read_id(self._state.executor_lock):
             raise Refused(Refusal.STALE_EPOCH, "executor.lock names another executor")
-        asked = _geometry(request)
+        asked = asked_geometry(request)
         is_new = self.pool is None or not self._serves(self.pool, asked, request.fingerprint)
         if is_new:
             self._make_pool(asked, request)
@@ -104,7 +105,7 @@ class Manager:
 
     def _serves(self, pool: Pool, asked: Geometry, fingerprint: str) -> bool:
         """Whether the pool there can be used. False: it may be replaced. Raises Refused(WRONG_MODEL)."""
-        different = _difference(pool, asked, fingerprint)
+        different = difference(pool.geometry, pool.fingerprint, asked, fingerprint)
         if not different:
             return True
         assert self.core is not None and self.records is not None
@@ -242,50 +243,3 @@ def _check_record(core: ManagerCore, record: kv.RequestRecord) -> None:
         if tokens > limit * core.page_size:
             message = f"prompt and max_tokens need {tokens} tokens, {what} holds {limit * core.page_size}"
             raise Refused(Refusal.TOO_LARGE, message)
-
-
-def _geometry(request: kv.AttachRequest) -> Geometry:
-    """What the executor asks for, with no pages yet. Raises Refused(INVALID)."""
-    asked = request.geometry
-    try:
-        kv_dtype = KvDtype[asked.kv_dtype.upper()]
-        fingerprint = bytes.fromhex(request.fingerprint)
-    except (KeyError, ValueError):
-        kv_dtype, fingerprint = KvDtype.FLOAT32, b""
-    sizes = (asked.rows, asked.page_size, asked.layers, asked.kv_heads, asked.head_dim, asked.max_model_len)
-    if len(fingerprint) != 32 or not all(sizes):
-        raise Refused(
-            Refusal.INVALID, "attach needs a fingerprint of 64 hex digits, a kv_dtype and all sizes of the geometry"
-        )
-    return Geometry(
-        pages=0,
-        rows=asked.rows,
-        page_size=asked.page_size,
-        layers=asked.layers,
-        kv_heads=asked.kv_heads,
-        head_dim=asked.head_dim,
-        kv_dtype=kv_dtype,
-        layout_id=asked.layout_id,
-        max_model_len=asked.max_model_len,
-    )
-
-
-def _difference(pool: Pool, asked: Geometry, fingerprint: str) -> str:
-    """What keeps an executor from using the pool, in words; empty when nothing does.
-
-    Shorter contexts and fewer rows than the tables have are fine.
-    """
-    there = pool.geometry
-    differences = (
-        ("model", pool.fingerprint != fingerprint.lower()),
-        ("page size", there.page_size != asked.page_size),
-        ("element type of the pages", there.kv_dtype != asked.kv_dtype),
-        ("page layout", there.layout_id != asked.layout_id),
-        (
-            "page shape",
-            (there.layers, there.kv_heads, there.head_dim) != (asked.layers, asked.kv_heads, asked.head_dim),
-        ),
-        ("context length", asked.max_model_len > there.max_model_len),
-        ("number of rows", asked.rows > there.rows),
-    )
-    return ", ".join(name for name, differs in differences if differs)

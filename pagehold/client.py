@@ -186,7 +186,9 @@ class _Reading:
         return True
 
     def may_retry(self, error: grpc.aio.AioRpcError, seconds: float) -> bool:
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        # Before `accepted` a full server is an answer; after it, it only means that this reader was too slow.
+        slow = self.accepted and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        if error.code() is not grpc.StatusCode.UNAVAILABLE and not slow:
             return False
         self._alone_since = self._alone_since or time.monotonic()
         return time.monotonic() - self._alone_since < seconds

@@ -15,9 +15,12 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 import grpc
+import numpy as np
 import structlog
 import uvloop
 
+from kvmanager.geometry import asked_geometry, difference, read_fingerprint, read_geometry
+from kvmanager.layout import HEADER_WORDS
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint, logs
@@ -93,6 +96,8 @@ class _Executor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._done.set)
         # Before anything writable is mapped: holding the lock proves that earlier writers are dead.
+        if not self._tenure.is_held and (different := self._differs_from_pool()):
+            return _refuse(different, EXIT_CONFIG)
         if not await self._unless_done(self._tenure.wait()):
             self._tenure.progress.set_state(State.DOWN)
             return 0
@@ -112,6 +117,22 @@ class _Executor:
         linking.cancel()
         progress.set_state(State.DOWN)
         return self._exit_code()
+
+    def _differs_from_pool(self) -> str:
+        """Why this executor could never take over from the one that runs; empty when it could."""
+        try:
+            header = np.fromfile(self._state.tables, np.uint64, HEADER_WORDS)
+            there = read_geometry(header)
+        except (OSError, ValueError, IndexError):
+            return ""  # no pool yet
+        asked = asked_geometry(self._attach_request(b""))
+        different = difference(there, read_fingerprint(header), asked, self._model.fingerprint)
+        if not different:
+            return ""
+        return (
+            f"the executor that runs on {self._state.root} serves another {different}; "
+            "choose another --state-dir, or the same model and flags"
+        )
 
     async def _serve_until_done(self, engine: Engine, loop: asyncio.AbstractEventLoop, progress: Progress) -> None:
         thread = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)

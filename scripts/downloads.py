@@ -6,7 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-_FILE = re.compile(r"(?:Downloading|Using cached) (\S+\.(?:whl|tar\.gz|zip))(?:\.metadata)? \(([\d.]+) (bytes|kB|MB|GB)\)")
+_FILE = re.compile(
+    r"(?:Downloading|Using cached) (\S+\.(?:whl|tar\.gz|zip))(?:\.metadata)? \(([\d.]+) (bytes|kB|MB|GB)\)"
+)
 _UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 

@@ -93,8 +93,8 @@ struct PhEngine {
   }
 
   uint32_t attention_scratch() const {
-    const uint32_t padded = (model.head_dim + 15) / 16 * 16, group = model.heads / model.kv_heads;
-    const uint32_t floats = 2 * kTile * padded + kQueryBlock * group * (2 * padded + 2);
+    const uint32_t padded = pad16(model.head_dim), group = model.heads / model.kv_heads;
+    const uint32_t floats = (2 * kTile + 1) * padded + kQueryBlock * group * (2 * padded + 2);
     return (floats + 15) / 16 * 16;
   }
 
@@ -296,8 +296,8 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
   }
   parallel(wanted, [&](uint32_t i, uint32_t) {
     const PhChunk& chunk = chunks[sampled[i]];
-    const Sampled result =
-        sample(out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens, chunk.start + chunk.count);
+    const Sampled result = sample(*isa, out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens,
+                                  chunk.start + chunk.count);
     tokens[sampled[i]] = result.token;
     logprobs[sampled[i]] = result.logprob;
   });
@@ -375,7 +375,7 @@ int pagehold_attend(PhEngine* engine, uint32_t layer, const PhChunk* chunks, uin
 int pagehold_sample(PhEngine* engine, float* logits, const PhSampling* sampling, const uint32_t* tokens, uint32_t known,
                     uint32_t* token, float* logprob) {
   try {
-    const Sampled result = sample(logits, engine->model.vocab, *sampling, tokens, known);
+    const Sampled result = sample(*engine->isa, logits, engine->model.vocab, *sampling, tokens, known);
     *token = result.token;
     *logprob = result.logprob;
     return 0;

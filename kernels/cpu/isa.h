@@ -31,6 +31,12 @@ struct Attention {
   uint32_t first, last;  // queries [first, last) of the chunk
 };
 
+// The noise of one draw; a token's counter is (position, index, token, 0), the key the seed.
+struct Noise {
+  uint64_t seed;
+  uint32_t position, index;
+};
+
 struct IsaTable {
   const char* name;
   uint32_t input_size;  // bytes of an element of a linear's input: 4, or 2 for bfloat16
@@ -47,11 +53,26 @@ struct IsaTable {
   void (*append)(const Attention* job, uint32_t position);
   // Scratch: floats, at least attention_scratch() of them.
   void (*attend)(const Attention* job, float* scratch);
+  // The largest of n floats, -inf for none.
+  float (*largest)(const float* x, uint32_t n);
+  // Indices of x >= least, in order, into ids [n]. Returns how many.
+  uint32_t (*at_least)(const float* x, uint32_t n, float least, uint32_t* ids);
+  // Sum of exp(x - most), in double.
+  double (*weight)(const float* x, uint32_t n, float most);
+  // Of tokens [first, first + count), count <= kNoiseBlock: those whose noisy logit may reach `most`, and maybe
+  // a few more. z: by token. Returns how many.
+  uint32_t (*contenders)(const Noise* noise, const float* z, uint32_t first, uint32_t count, float most, uint32_t* ids);
 };
 
 constexpr uint32_t kTile = 64;        // positions that attention reduces at once, counted from 0
 constexpr uint32_t kQueryBlock = 16;  // queries of a chunk in one piece of work
+constexpr uint32_t kNoiseBlock = 64;  // tokens whose noise is made at once
 
+// Philox4x32 (Salmon et al., SC 2011).
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
+
+static constexpr uint32_t pad16(uint32_t n) { return (n + 15) / 16 * 16; }
 static constexpr uint32_t pad32(uint32_t n) { return (n + 31) / 32 * 32; }
 
 const IsaTable* portable_table(bool bfloat16_inputs);

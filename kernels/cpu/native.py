@@ -156,19 +156,22 @@ def library(path: Path | None = None) -> Any:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"the native kernels cannot be loaded ({path.name}): run `pip install .` again") from error
-    loaded.pagehold_create.restype = c_void_p
-    loaded.pagehold_create.argtypes = [c_void_p, c_uint32, c_char_p, POINTER(c_char_p)]
-    loaded.pagehold_destroy.argtypes = [c_void_p]
-    loaded.pagehold_map_pool.argtypes = [c_void_p, c_void_p]
-    loaded.pagehold_isas.restype = c_char_p
-    loaded.pagehold_isa.restype = c_char_p
-    loaded.pagehold_isa.argtypes = [c_void_p]
-    loaded.pagehold_step.restype = c_int
-    loaded.pagehold_step.argtypes = [c_void_p, c_void_p, c_uint32, c_void_p, c_void_p, c_void_p]
-    loaded.pagehold_attend.restype = c_int
-    loaded.pagehold_attend.argtypes = [c_void_p, c_uint32, c_void_p, c_uint32, c_void_p, c_void_p]
-    loaded.pagehold_sample.restype = c_int
-    loaded.pagehold_sample.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_uint32, c_void_p, c_void_p]
+    pointer, number = c_void_p, c_uint32
+    functions: dict[str, tuple[Any, list[Any]]] = {
+        "pagehold_create": (pointer, [pointer, number, c_char_p, POINTER(c_char_p)]),
+        "pagehold_destroy": (None, [pointer]),
+        "pagehold_map_pool": (None, [pointer, pointer]),
+        "pagehold_isas": (c_char_p, []),
+        "pagehold_isa": (c_char_p, [pointer]),
+        "pagehold_step": (c_int, [pointer, pointer, number, pointer, pointer, pointer]),
+        "pagehold_attend": (c_int, [pointer, number, pointer, number, pointer, pointer]),
+        "pagehold_sample": (c_int, [pointer, pointer, pointer, pointer, number, pointer, pointer]),
+    }
+    for name, (result, arguments) in functions.items():
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise NativeError(f"{path.name} is of another version than the Python package: run `pip install .` again")
+        function.restype, function.argtypes = result, arguments
     return loaded
 
 
@@ -197,9 +200,9 @@ class NativeModel:
         cosine, sine = np.cos(angles), np.sin(angles)
         layers = (_Layer * shape.layers)()
         for number, layer in enumerate(layers):
-            for name, _ in _Layer._fields_:
-                tensor = tensors.get(f"layers.{number}.{name}")
-                setattr(layer, name, None if tensor is None else tensor.ctypes.data)
+            for field in _Layer._fields_:
+                tensor = tensors.get(f"layers.{number}.{field[0]}")
+                setattr(layer, field[0], None if tensor is None else tensor.ctypes.data)
         self._kept = (tensors, cosine, sine, layers)
         model = _Model(
             abi_version=ABI_VERSION,

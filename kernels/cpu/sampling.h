@@ -1,6 +1,6 @@
-// Sampling, the same on every instruction set: one pure function of logits, tokens and parameters.
+// Sampling: one pure function of logits, tokens and parameters.
 #pragma once
-#include "abi.h"
+#include "isa.h"
 
 struct Sampled {
   uint32_t token;
@@ -8,4 +8,5 @@ struct Sampled {
 };
 
 // logits: float [vocab], changed in place. tokens: by position, `known` of them; the result is the token at `known`.
-Sampled sample(float* logits, uint32_t vocab, const PhSampling& params, const uint32_t* tokens, uint32_t known);
+Sampled sample(const IsaTable& isa, float* logits, uint32_t vocab, const PhSampling& params, const uint32_t* tokens,
+               uint32_t known);

@@ -24,9 +24,9 @@ def emulated_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=[*available_isas(), EMULATED])
-def variant(request: pytest.FixtureRequest, emulated_build: Path) -> Variant:
+def variant(request: pytest.FixtureRequest) -> Variant:
     if request.param == EMULATED:
-        return Variant("avx512bf16", emulated_build / "libpagehold_cpu.so")
+        return Variant("avx512bf16", request.getfixturevalue("emulated_build") / "libpagehold_cpu.so")
     return Variant(request.param, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,15 @@ def test_another_size_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = [(name, native.CHUNK[name]) for name in native.CHUNK.names or ()]
     monkeypatch.setattr(native, "CHUNK", np.dtype([*fields, ("more", np.uint64)]))
     refused()
+
+
+def test_a_library_without_one_of_the_functions(tmp_path: Path) -> None:
+    source = tmp_path / "other.c"
+    source.write_text('const char* pagehold_isas(void) { return "portable"; }\n')
+    library = tmp_path / "libpagehold_cpu.so"
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+    with pytest.raises(NativeError, match="another version"):
+        Variant("portable", library).sampler(4)
 
 
 def test_a_missing_library_is_one_clear_error(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def errors(variant: Variant, dtype: str, kv_dtype: str, case: Case) -> tuple[flo
         positions = np.arange(max(0, case.start + 1 - case.window) if case.window else 0, end)
         ids = row.astype(np.uint32).astype(np.int64)[positions // case.page_size]
         exact[ids, layer, :, :, positions % case.page_size] = new[positions]
-        wanted_pages = exact.astype(page_type(kv_dtype))
+        wanted_pages: np.ndarray = exact.astype(page_type(kv_dtype))
         pages.values[...] = wanted_pages
         appended = positions >= case.start
         pages.values[ids[appended], layer, :, :, positions[appended] % case.page_size] = np.nan

@@ -186,6 +186,25 @@ def test_recomputation_in_new_pages(bench: Bench) -> None:
     bench.check_held(pages, second.row)
 
 
+def test_signs_of_zeros(variant: Variant) -> None:
+    """A product that underflows to -0 meets the next position's weight of 0 in a chunk, and nothing in a decode."""
+    shape = replace(GROUPED, heads=2, qk_norm=False)  # a head of its own for each query: several queries share loads
+    model = variant.attention(shape, "float32", "float32")
+    try:
+        pages = Pages(model, shape, "float32", 20, 16)
+        lane = sequence(pages, length=60)
+        parts = np.zeros((60, 3, shape.heads * shape.head_dim), np.float32)
+        parts[:, 0] = 1
+        parts[0, 1] = 1  # position 0 has nearly all the weight, and the value 0
+        parts[1::2, 2], parts[2::2, 2] = -1e-45, 1e-45
+        qkv = parts.reshape(60, -1)
+        together = model.attend(0, as_chunks([lane.chunk(0, 60)]), qkv)
+        alone = [model.attend(0, as_chunks([lane.chunk(i, 1)]), qkv[i : i + 1]) for i in range(60)]
+        np.testing.assert_array_equal(np.concatenate(alone).view(np.uint32), together.view(np.uint32))
+    finally:
+        model.close()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sampling_in_a_batch(bench: Bench, threads: int) -> None:
     """The token and its log-probability, computed with the output head over other rows too."""

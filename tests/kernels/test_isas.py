@@ -85,6 +85,13 @@ def test_only_the_table_is_external(objects: dict[str, Path], isa: str) -> None:
     assert symbols == [["T", f"{isa}_table(bool)"]]
 
 
+def test_nothing_runs_when_the_library_is_loaded(objects: dict[str, Path]) -> None:
+    """A constructor of a wide file would run on every processor."""
+    for isa in KNOWN:
+        listed = subprocess.run(["objdump", "-h", objects[f"isa_{isa}"]], check=True, capture_output=True, text=True)
+        assert ".text" in listed.stdout and ".init_array" not in listed.stdout, isa
+
+
 def test_what_every_processor_runs_has_no_wide_registers(objects: dict[str, Path]) -> None:
     for name in ("isa_portable", "engine", "sampling", "threads"):
         code = subprocess.run(["objdump", "-d", objects[name]], check=True, capture_output=True, text=True).stdout

@@ -206,3 +206,31 @@ def test_no_logprob_unless_asked(variant: Variant) -> None:
         assert model.sample(logits, sampling, np.zeros(1, np.uint32)) == (9, 0.0)
     finally:
         model.close()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        Sampling(),
+        Sampling(temperature=0.0),
+        Sampling(temperature=1e-45),
+        Sampling(top_p=0.5),
+        Sampling(top_k=3, min_p=0.5, repetition_penalty=1e-38),
+        Sampling(bias={2: 3e38, 3: 3e38}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38, -3e38])
+def test_a_token_of_the_vocabulary_whatever_the_logits(variant: Variant, params: Sampling, value: float) -> None:
+    """A token that does not exist would be committed, and would take every successor down with it."""
+    vocab = 70
+    model = variant.sampler(vocab)
+    try:
+        for places in (slice(None), [2, 69], [0]):
+            logits = np.linspace(-1, 1, vocab, dtype=np.float32)
+            logits[places] = value
+            sampling = NativeSampling(native_fields(params, 1))
+            token, _ = model.sample(logits, sampling, np.array([2, 5], np.uint32))
+            assert token < vocab
+    finally:
+        model.close()

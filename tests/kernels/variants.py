@@ -131,7 +131,7 @@ class Pages:
         self._order = np.random.default_rng(pages).permutation(np.arange(1, pages))
         self._next = 0
         dimensions = (pages, shape.layers, 2, shape.kv_heads, page_size, shape.head_dim)
-        self.values = np.full(dimensions, np.nan, page_type(kv_dtype))
+        self.values: np.ndarray = np.full(dimensions, np.nan, page_type(kv_dtype))
         model.map_pool(self.values.ctypes.data, pages, page_size)
 
     def row(self, capacity: int) -> np.ndarray:

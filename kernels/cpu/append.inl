@@ -1,0 +1,60 @@
+// Keys and values of new positions: norm, rotary, and into the page.
+
+namespace {
+
+inline size_t element_size(const PhModel* model) { return model->kv_bfloat16 ? 2 : 4; }
+
+// First slot of [page_size][head_dim] for one page, layer, half (0: K, 1: V) and head.
+inline uint8_t* slots(const Attention* job, uint64_t entry, uint32_t half) {
+  const PhModel* m = job->model;
+  const size_t head = size_t{job->pool->page_size} * m->head_dim * element_size(m);
+  const size_t page = static_cast<uint32_t>(entry);
+  return job->pool->base + (((page * m->layers + job->layer) * 2 + half) * m->kv_heads + job->kv_head) * head;
+}
+
+inline void rotate(float* x, const float* cosine, const float* sine, uint32_t half) {
+  for (uint32_t i = 0; i < half; ++i) {
+    const float low = x[i], high = x[i + half];
+    x[i] = low * cosine[i] - high * sine[i];
+    x[i + half] = high * cosine[i] + low * sine[i];
+  }
+}
+
+inline void head_norm(float* x, const float* weight, uint32_t n, float eps) {
+  if (weight == nullptr) return;
+  const float scale = inverse_rms(x, n, eps);
+  for (uint32_t i = 0; i < n; ++i) x[i] = weight[i] * (x[i] * scale);
+}
+
+void append(const Attention* job, uint32_t position) {
+  const PhModel* m = job->model;
+  const PhLayer* layer = m->layer + job->layer;
+  const uint32_t d = m->head_dim, half = d / 2, group = m->heads / m->kv_heads;
+  float* row = const_cast<float*>(job->qkv) + size_t{position - job->chunk->start} * job->qkv_stride;
+  const float* cosine = m->rope_cos + size_t{position} * half;
+  const float* sine = m->rope_sin + size_t{position} * half;
+  for (uint32_t g = 0; g < group; ++g) {
+    float* q = row + size_t{job->kv_head * group + g} * d;
+    head_norm(q, layer->q_norm, d, m->rms_norm_eps);
+    rotate(q, cosine, sine, half);
+  }
+  if (position < job->chunk->write_from) return;
+  float* k = row + size_t{m->heads + job->kv_head} * d;
+  const float* v = row + size_t{m->heads + m->kv_heads + job->kv_head} * d;
+  head_norm(k, layer->k_norm, d, m->rms_norm_eps);
+  rotate(k, cosine, sine, half);
+  const uint32_t page_size = job->pool->page_size;
+  const uint64_t entry = job->chunk->row[position / page_size];
+  const size_t slot = size_t{position % page_size} * d;
+  const float* sources[2] = {k, v};
+  for (uint32_t which = 0; which < 2; ++which) {
+    if (m->kv_bfloat16) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(slots(job, entry, which)) + slot;
+      for (uint32_t i = 0; i < d; ++i) out[i] = to_bfloat16(sources[which][i]);
+    } else {
+      memcpy(reinterpret_cast<float*>(slots(job, entry, which)) + slot, sources[which], d * 4);
+    }
+  }
+}
+
+}  // namespace

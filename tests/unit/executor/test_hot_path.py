@@ -29,9 +29,7 @@ class Sink(Frontend):
         self.last = len(message.tokens.token_ids)
 
 
-def test_a_step_calls_few_functions_for_each_sequence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_calls_few_functions_for_each_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world_module, "CheckingRunner", NoModel)
     world = World(tmp_path / "state", pages=SEQUENCES * 24, max_num_seqs=SEQUENCES, max_batch_tokens=2048)
     sink = Sink()

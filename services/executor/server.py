@@ -77,6 +77,7 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
             pages=self._pool.pages - 1,
             prefill_tokens=self._engine.prefill_tokens,
             decode_tokens=self._engine.decode_tokens,
+            preemptions=self._engine.pages.preemptions,
         )
 
     async def Connect(

@@ -54,6 +54,7 @@ class ModelServicer(api_grpc.ModelServiceServicer):
             pages=load.pages,
             prefill_tokens=load.prefill_tokens,
             decode_tokens=load.decode_tokens,
+            preemptions=load.preemptions,
         )
 
 

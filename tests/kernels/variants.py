@@ -66,17 +66,24 @@ class Variant:
     """An instruction set, in the installed library or in another."""
 
     isa: str
-    library: Path | None
+    shared_object: Path | None
 
     def model(self, shape: ModelShape, tensors: dict[str, np.ndarray], dtype: str, threads: int = 1) -> NativeModel:
         frequencies = (10000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32)
-        return NativeModel(shape, tensors, frequencies, dtype, dtype, threads, self.isa, self.library)
+        return NativeModel(shape, tensors, frequencies, dtype, dtype, threads, self.isa, self.shared_object)
 
     def attention(self, shape: ModelShape, dtype: str, kv_dtype: str, threads: int = 1) -> NativeModel:
         """A model that can only attend: no weights, no rotation."""
         still = np.zeros(shape.head_dim // 2, np.float32)
         return NativeModel(
-            replace(shape, tied_embeddings=True), _HEADLESS, still, dtype, kv_dtype, threads, self.isa, self.library
+            replace(shape, tied_embeddings=True),
+            _HEADLESS,
+            still,
+            dtype,
+            kv_dtype,
+            threads,
+            self.isa,
+            self.shared_object,
         )
 
     def sampler(self, vocab: int) -> NativeModel:

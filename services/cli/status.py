@@ -43,7 +43,7 @@ def collect(state: StateDir) -> dict[str, Any]:
     rows = _live_rows(tables) if tables is not None else {}
     return {
         "components": {name: _component(state, name, tables) for name in COMPONENTS},
-        "pool": _pool(tables),
+        "pool": _pool(tables, rows),
         "sequences": _sequences(state, rows),
     }
 
@@ -86,11 +86,10 @@ def _live_rows(tables: Tables) -> dict[tuple[str, int], U64]:
     }
 
 
-def _pool(tables: Tables | None) -> dict[str, int]:
+def _pool(tables: Tables | None, rows: dict[tuple[str, int], U64]) -> dict[str, int]:
     if tables is None:
         return {"pages": 0, "free": 0, "shared": 0, "page_size": 0}
-    rows = _live_rows(tables).values()
-    entries = np.concatenate([np.zeros(0, np.uint64), *rows]) & np.uint64(LOW32)
+    entries = np.concatenate([np.zeros(0, np.uint64), *rows.values()]) & np.uint64(LOW32)
     held, counts = np.unique(entries[entries != NO_PAGE], return_counts=True)
     pages = len(tables.page_word) - 1
     return {

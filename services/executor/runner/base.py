@@ -87,7 +87,7 @@ class Runner(ABC):
 
     def logits(self, chunks: list[Chunk]) -> np.ndarray:
         """As `step`, but returns float32 [all positions of all chunks, vocab]: for tests."""
-        raise NotImplementedError
+        raise NotImplementedError("this runner has no logits to show")  # serving never asks for them
 
     @abstractmethod
     def close(self) -> None:

@@ -15,34 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmanager.allocation import Allocator, Wants
 from kvmanager.errors import Refusal, Refused
 from kvmanager.integrity import check_integrity
-from kvmanager.layout import U32, Header, OutputLog, PageState, Tables, usable_computed
+from kvmanager.layout import U32, U64, Header, OutputLog, Tables, generation_of, usable_computed
+from kvmanager.matching import PageCopy, match_pages, match_part
 from kvmanager.memory import Memory
 from kvmanager.pages import Ids, Pages
-from kvmanager.prefix import Hash, from_words, page_hash
+from kvmanager.pins import Pin, Pins
+from kvmanager.prefix import Hash, from_words
 from kvmanager.rows import Row, Rows
+from kvmanager.sealing import Sealer
+from kvmanager.source import Source
 
+if TYPE_CHECKING:
+    from kvmanager.integrity import Finding
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What the core needs of a record: its outputs' logs and where its hash chains start."""
-
-    outputs: list[OutputLog]
-    root: Hash
+_NOTHING = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A row as it is now. `capacity` 0: the call was about a row that is gone."""
+    """A row as it is now. `generation` 0: the row that the call relies on is gone."""
 
     row: int
     generation: int
     capacity: int  # tokens
-    cached: int  # tokens shared when the row was made
+    cached: int  # tokens in the whole pages that it shares
+    copy: PageCopy | None = None  # into its first page of its own
+
+
+_GONE = Granted(0, 0, 0, 0)
 
 
 class ManagerCore:
@@ -70,6 +77,9 @@ class ManagerCore:
         self.page_size = int(tables.page_tokens.shape[1])
         self.pages = Pages(tables, self._memory, hit, back, len(tables.page_word) if limit is None else limit)
         self.rows = Rows(tables, self._memory)
+        self.pins = Pins(tables, self._memory, self.rows, self.pages)
+        self._allocator = Allocator(tables, self.rows, self.pages, self.pins)
+        self._sealer = Sealer(tables, self.rows, self.pages, sources, self._pin)
         self.prefix_cache = True
         self.hit_tokens = 0
         self.query_tokens = 0
@@ -78,14 +88,10 @@ class ManagerCore:
     def rebuild(self) -> None:
         """Derives everything from the tables."""
         self.rows.rebuild()
-        live = self.rows.live.values()
-        for row in live:
-            row.sealed = self._leading_sealed(row)
-        self.pages.rebuild(np.concatenate([np.zeros(0, np.int64), *map(self.rows.pages, live)]))
-
-    def _leading_sealed(self, row: Row) -> int:
-        sealed = self.tables.page_word[self.rows.pages(row)] & np.uint64(0xFF) == PageState.SEALED
-        return row.length if sealed.all() else int(np.argmin(sealed))
+        self._sealer.rebuild()
+        self.pins.rebuild()
+        named = [*self.rows.live.values(), *self.rows.pinned.values()]
+        self.pages.rebuild(np.concatenate([_NOTHING, *map(self.rows.pages, named)]))
 
     # --- epochs ---
 
@@ -113,45 +119,86 @@ class ManagerCore:
 
     # --- calls ---
 
-    def ensure(self, key: str, index: int, generation: int, capacity: int, headroom: int, keep_free: int) -> Granted:
-        """Makes the row hold `capacity` tokens; see EnsureRequest. Raises Refused."""
+    def ensure(self, key: str, index: int, capacity: int, headroom: int, keep_free: int) -> Granted:
+        """Makes the output's row, over the longest cached prefix; see EnsureRequest. Raises Refused."""
         self._hit("kvmanager.ensure.before")
-        source = self.sources(key)
-        if source is None or index >= len(source.outputs):
-            raise Refused(Refusal.NOT_FOUND, f"no record {key} with an output {index}")
-        output = source.outputs[index]
-        row = self.rows.live.get((key, index))
-        if generation and (row is None or generation < row.generation):
-            return Granted(0, generation, 0, 0)
-        if row is not None and generation > row.generation:
-            raise Refused(Refusal.INVALID, f"row generation {generation} of {key} was never given out")
-        most = min(self.rows.capacity, self.pages.usable)
-        need = self._pages_for(min(capacity, output.capacity))
-        if need > most:
-            raise Refused(Refusal.TOO_LARGE, f"{capacity} tokens are more than the {most} pages that a row can get")
-        wish = min(self._pages_for(min(capacity + headroom, output.capacity)), most)
+        source = self._source(key, index)
+        output, row = source.outputs[index], self.rows.live.get((key, index))
         if row is None:
-            granted = self._make_row(key, index, source, need, wish, keep_free)
+            shared = _NOTHING
+            if self.prefix_cache:
+                self._sealer.seal_alike(source.root, output.tokens[: output.known])
+                shared = match_pages(self.tables, self.pages.index, source.root, output.tokens[: output.known])
+            # Looked for before pages are taken: the row's own must not be found.
+            copy = self._part(source, output, shared)
+            row = self._make_row(key, index, source, shared, Wants(capacity, headroom, keep_free))
+            granted = self._granted(row, copy)
+            if self.prefix_cache:
+                self.query_tokens += output.known
+                self.hit_tokens += granted.cached + (granted.copy.tokens if granted.copy else 0)
         else:
-            self._seal_row(row, source)
-            # A first ensure that is repeated is told again what was shared: nothing has been computed since.
-            cached = 0 if generation else row.sealed * self.page_size
-            self._grow(row, need, wish, keep_free)
-            granted = Granted(row.number, row.generation, row.length * self.page_size, cached)
+            shared = self.rows.pages(row)[: row.sealed]
+            granted = self._granted(row, None if output.computed else self._part(source, output, shared))
         self._hit("kvmanager.ensure.after")
         return granted
 
+    def fork(
+        self,
+        key: str,
+        index: int,
+        from_index: int,
+        from_generation: int,
+        length: int,
+        capacity: int,
+        headroom: int,
+        keep_free: int,
+    ) -> Granted:
+        """Makes the row of output `index` over the first `length` tokens of a sibling's. Raises Refused."""
+        self._hit("kvmanager.fork.before")
+        source = self._source(key, max(index, from_index))
+        parent, row = self.rows.live.get((key, from_index)), self.rows.live.get((key, index))
+        if parent is not None and parent.generation != from_generation:
+            parent = None
+        if row is None and parent is None:
+            return _GONE
+        copy: PageCopy | None = None
+        if parent is not None and (row is None or not source.outputs[index].computed):
+            self._check_fork(source, index, parent, length)
+            pages, whole = self.rows.pages(parent), length // self.page_size
+            if length % self.page_size:
+                tail = int(pages[whole])
+                copy = PageCopy(tail, generation_of(self.tables.page_word[tail]), length % self.page_size)
+            if row is None:
+                # Only sealed pages may be in two rows, also where nobody looks for prefixes.
+                self._sealer.seal(parent, source)
+                row = self._make_row(key, index, source, pages[:whole], Wants(capacity, headroom, keep_free))
+        assert row is not None
+        self._hit("kvmanager.fork.after")
+        return self._granted(row, copy)
+
+    def ensure_rows(self, rows: Ids, generations: U64, capacities: Ids, headrooms: Ids) -> Ids:
+        """Makes rows longer, those in front first; see EnsureRowsRequest. Raises Refused.
+
+        rows, capacities, headrooms: i64 [n]; generations: u64 [n]. Returns tokens that each holds now, i64 [n].
+        """
+        self._hit("kvmanager.ensure_rows.before")
+        grown, capacities = self._allocator.grow(rows, generations, capacities, headrooms)
+        for row in grown:
+            self._sealer.grew(row)
+        self._hit("kvmanager.ensure_rows.after")
+        return capacities
+
     def trim(self, key: str, index: int, generation: int, capacity: int) -> None:
-        """Gives back tail pages beyond `capacity` tokens, never one that holds a computed token."""
+        """Gives back tail pages beyond `capacity` tokens, never one that holds a computed token, nor the first."""
         row, source = self._current(key, index, generation), self.sources(key)
-        if row is None or source is None:
-            return
-        written = usable_computed(self.tables, row.number, source.outputs[index].computed)
-        kept = self._pages_for(max(capacity, written))
-        if kept < row.length:
-            dropped = self.rows.pages(row, kept)
-            self.rows.shrink(row, kept)
-            self.pages.release(dropped)
+        if row is not None and source is not None:
+            written = usable_computed(self.tables, row.number, source.outputs[index].computed)
+            kept = -(-max(capacity, written, 1) // self.page_size)
+            if kept < row.length:
+                dropped = self.rows.pages(row, kept)
+                self.rows.shrink(row, kept)
+                self.pages.release(dropped)
+        self._hit("kvmanager.trim.after")
 
     def close(self, key: str, index: int, generation: int) -> None:
         """Gives the row back. What is full is sealed first, and stays cached."""
@@ -176,70 +223,74 @@ class ManagerCore:
 
     def cached_tokens(self, root: Hash, tokens: U32) -> int:
         """How much of a prompt the index holds now: a look, nothing is pinned. tokens: u32 [n]."""
-        return len(self._match(root, tokens)) * self.page_size if self.prefix_cache else 0
+        if not self.prefix_cache:
+            return 0
+        return len(match_pages(self.tables, self.pages.index, root, tokens)) * self.page_size
 
     def seal_all(self) -> int:
         """Seals what has filled up since; how many pages."""
-        sealed = 0
-        for row in self.rows.live.values():
-            source = self.sources(row.key)
-            if source is not None:
-                sealed += self._seal_row(row, source)
-        return sealed
+        return self._sealer.seal_all() if self.prefix_cache else 0
 
-    def check_integrity(self) -> list[str]:
-        """What is wrong, in words; empty when all is well."""
+    def unpin(self, pin: Pin) -> bool:
+        """Whether there was such a pin."""
+        return self.pins.remove(pin)
+
+    def check_integrity(self) -> list[Finding]:
+        """What is wrong; empty when all is well."""
         return check_integrity(self)
 
     # --- rows ---
 
-    def _make_row(self, key: str, index: int, source: Source, need: int, wish: int, keep_free: int) -> Granted:
+    def _source(self, key: str, index: int) -> Source:
+        source = self.sources(key)
+        if source is None or index >= len(source.outputs):
+            raise Refused(Refusal.NOT_FOUND, f"no record {key} with an output {index}")
+        return source
+
+    def _granted(self, row: Row, copy: PageCopy | None) -> Granted:
+        if copy is not None:
+            # Taking pages may have evicted it, and a row without a page of its own has no place for it.
+            is_there = generation_of(self.tables.page_word[copy.page]) == copy.generation
+            copy = copy if is_there and row.length > row.sealed else None
+        size = self.page_size
+        return Granted(row.number, row.generation, row.length * size, row.sealed * size, copy)
+
+    def _part(self, source: Source, output: OutputLog, shared: Ids) -> PageCopy | None:
+        """What is cached of the page behind the `shared` ones."""
+        if not self.prefix_cache:
+            return None
+        parent = from_words(self.tables.page_hash[shared[-1]]) if len(shared) else source.root
+        rest = output.tokens[len(shared) * self.page_size : output.known]
+        return match_part(self.tables, self.pages.index, parent, rest)
+
+    def _check_fork(self, source: Source, index: int, parent: Row, length: int) -> None:
+        ours, theirs = source.outputs[index], source.outputs[parent.index]
+        computed = min(usable_computed(self.tables, parent.number, theirs.computed), theirs.known, ours.known)
+        if index == parent.index or length > computed or (ours.tokens[:length] != theirs.tokens[:length]).any():
+            message = f"output {index} of {parent.key} cannot be forked at {length} tokens of output {parent.index}"
+            raise Refused(Refusal.INVALID, message)
+
+    def _make_row(self, key: str, index: int, source: Source, shared: Ids, wants: Wants) -> Row:
         output = source.outputs[index]
         if output.computed:
             # Pages would count as written that never were: the executor lowers `computed` before it closes a row.
             raise Refused(Refusal.INVALID, f"output {index} of {key} has no row, yet {output.computed} tokens computed")
-        if not self.rows.free:
-            raise Refused(Refusal.NO_ROWS, "all rows are in use")
-        shared = np.zeros(0, np.int64)
-        if self.prefix_cache:
-            self.seal_all()
-            shared = self._match(source.root, output.tokens[: output.known])
-        fresh = max(need - len(shared), 0)
-        # Held before any page is taken, or taking could evict one of them.
-        self.pages.hold(shared)
-        try:
-            extra = self._reserve(fresh, wish - len(shared) - fresh, keep_free)
-        except Refused:
-            self.pages.release(shared)
-            raise
-        pages = np.concatenate([shared, self.pages.take(fresh + extra)])
-        row = self.rows.make(key, index, pages, self.pages.generations(pages), len(shared))
-        cached = len(shared) * self.page_size
-        if self.prefix_cache:
-            self.query_tokens += output.known
-            self.hit_tokens += cached
-        return Granted(row.number, row.generation, row.length * self.page_size, cached)
+        row = self._allocator.make(key, index, shared, wants.within(output.capacity))
+        self._sealer.made(row, source)
+        return row
 
-    def _grow(self, row: Row, need: int, wish: int, keep_free: int) -> None:
-        fresh = max(need - row.length, 0)
-        extra = self._reserve(fresh, wish - row.length - fresh, keep_free)
-        if fresh + extra:
-            pages = self.pages.take(fresh + extra)
-            self.rows.append(row, pages, self.pages.generations(pages))
-
-    def _reserve(self, fresh: int, wish: int, keep_free: int) -> int:
-        """Makes sure of `fresh` pages. Returns how many of the `wish` beyond them may be taken too."""
-        left = self.pages.available - fresh
-        if fresh and (left < keep_free or not self.pages.reserve(fresh)):
-            raise Refused(Refusal.NO_PAGES, f"{fresh} pages wanted, {self.pages.available} left")
-        watermark = max(1, self.pages.usable // 100, keep_free)
-        extra = max(min(wish, self.pages.available - fresh - watermark), 0)
-        return extra if extra and self.pages.reserve(fresh + extra) else 0
+    def _pin(self, row: Row, source: Source) -> None:
+        """Pins the prompt as soon as it is sealed, if its request asks for that."""
+        if source.pin is not None and row.index == 0:
+            whole = source.outputs[0].prompt_length // self.page_size
+            if 0 < whole <= row.sealed:
+                self.pins.set(source.pin, self.rows.pages(row)[:whole])
 
     def _close(self, row: Row) -> None:
         source = self.sources(row.key)
-        if source is not None:
-            self._seal_row(row, source)
+        if source is not None and self.prefix_cache:
+            self._sealer.seal(row, source)
+            self._pin(row, source)
         self._release(row)
 
     def _release(self, row: Row) -> None:
@@ -248,47 +299,9 @@ class ManagerCore:
         self.rows.release(row)
         self.pages.release(pages)
 
-    def _seal_row(self, row: Row, source: Source) -> int:
-        """Seals the row's pages that lie wholly below `computed`; how many."""
-        output, size = source.outputs[row.index], self.page_size
-        full = min(output.computed // size, row.length)
-        done = row.sealed
-        if not self.prefix_cache or done >= full:
-            return 0
-        pages = self.rows.pages(row)[:full].tolist()
-        parent = from_words(self.tables.page_hash[pages[done - 1]]) if done else source.root
-        for number in range(done, full):
-            tokens = output.tokens[number * size : (number + 1) * size]
-            content = page_hash(parent, tokens)
-            self.pages.seal(pages[number], content, parent, tokens)
-            row.sealed = number + 1
-            parent = content
-        return full - done
-
-    def _match(self, root: Hash, tokens: U32) -> Ids:
-        """The longest chain of sealed pages that starts `tokens`, i64 [pages]; whole pages only.
-
-        All of `tokens` may be covered: the last position then runs again for its logits.
-        """
-        size, parent = self.page_size, root
-        matched: list[int] = []
-        for start in range(0, len(tokens) - size + 1, size):
-            parent = page_hash(parent, tokens[start : start + size])
-            page = self.pages.index.get(parent)
-            if page is None:
-                break
-            matched.append(page)
-        pages = np.array(matched, np.int64)
-        # A hash is a hint; the tokens decide.
-        same = (self.tables.page_tokens[pages] == tokens[: len(pages) * size].reshape(-1, size)).all(axis=1)
-        return pages if same.all() else pages[: int(np.argmin(same))]
-
     def _current(self, key: str, index: int, generation: int) -> Row | None:
         """The row that the call is about, unless it is gone already."""
         row = self.rows.live.get((key, index))
         if row is not None and generation > row.generation:
             raise Refused(Refusal.INVALID, f"row generation {generation} of {key} was never given out")
         return row if row is not None and generation == row.generation else None
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)

@@ -1,119 +1,142 @@
-"""What must hold of the tables and of what is derived from them, whenever no call is under way."""
+"""What must hold whenever no call is under way: of the tables, and of what is derived from them.
+
+The check is a series of short steps. It is right only if nothing changes between two of them.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
-from kvmanager.layout import NO_PAGE, PageState, RowState, entry, state_of
-from kvmanager.prefix import Hash, from_words, page_hash
-from kvmanager.rows import Row
+from kvmanager.findings import Finding, FindingKind
+from kvmanager.layout import PageState, RowState
+from kvmanager.pages import TURN_SHIFT
+from kvmanager.stored import STEP_PAGES, Stored
 
 if TYPE_CHECKING:
-    from kvmanager.core import ManagerCore, Source
+    from kvmanager.core import ManagerCore
+
+__all__ = ["Finding", "FindingKind", "check_integrity", "check_steps"]
+
+_SEALED: Final = int(PageState.SEALED)
+_FREE_ROW: Final = int(RowState.FREE)
+_HASH: Final = 16  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """All derived state, in a form that two cores can be compared by."""
-
-    holders: tuple[int, ...]
-    free: tuple[int, ...]
-    cached: int
-    eviction_order: tuple[int, ...]
-    index: dict[Hash, tuple[int, ...]]
-    turn: int
-    live: dict[tuple[str, int], Row]
-    free_rows: tuple[int, ...]
-    newest_row: int
+def check_integrity(core: ManagerCore) -> list[Finding]:
+    """All that is wrong; empty when all is well. Changes nothing."""
+    return [finding for step in check_steps(core) for finding in step]
 
 
-def derived(core: ManagerCore) -> Derived:
-    pages, rows = core.pages, core.rows
-    return Derived(
-        holders=tuple(pages.holders.tolist()),
-        free=tuple(sorted(pages.free)),
-        cached=pages.cached,
-        eviction_order=tuple(pages.eviction_order()),
-        index=pages.index.snapshot(),
-        turn=pages.turn,
-        live=rows.live,
-        free_rows=tuple(sorted(rows.free)),
-        newest_row=rows.newest,
+def check_steps(core: ManagerCore, orphans: bool = False) -> Iterator[list[Finding]]:
+    """What each step finds. orphans: also rows whose record is gone, which the next attach gives back."""
+    stored = Stored(core.tables, core.sources, orphans)
+    yield from stored.rows()
+    yield from stored.pages()
+    yield _check_rows(core, stored)
+    yield from _check_pages(core, stored)
+
+
+def _differs(what: str, found: object, wanted: object) -> Finding:
+    message = f"derived state differs from the tables: {what} {found}, should be {wanted}"
+    return Finding(FindingKind.DERIVED, message, is_derived=True)
+
+
+def _check_rows(core: ManagerCore, stored: Stored) -> list[Finding]:
+    tables, rows, wrong = core.tables, core.rows, list[Finding]()
+    if rows.live != stored.live:
+        keys = sorted(rows.live.keys() | stored.live.keys())
+        key = next(key for key in keys if rows.live.get(key) != stored.live.get(key))
+        wrong.append(_differs(f"the row of output {key[1]} of {key[0]} is", rows.live.get(key), stored.live.get(key)))
+    pinned, wanted = (
+        {key: (row.number, row.index, row.generation, row.length) for key, row in found.items()}
+        for found in (rows.pinned, stored.pinned)
     )
-
-
-def check_integrity(core: ManagerCore) -> list[str]:
-    """What is wrong, in words; empty when all is well. Changes nothing."""
-    fresh = type(core)(core.tables, core.sources, limit=core.pages.limit)
-    now, then = derived(core), derived(fresh)
-    wrong = [
-        f"derived state differs from the tables: {name} is {getattr(now, name)}, should be {getattr(then, name)}"
-        for name in Derived.__slots__
-        if getattr(now, name) != getattr(then, name)
-    ]
-    return wrong + check_tables(core)
-
-
-def check_tables(core: ManagerCore) -> list[str]:
-    """The stored words alone: rows, pages, hashes and logs against each other."""
-    tables = core.tables
-    wrong = []
-    live = np.count_nonzero(tables.row_word & np.uint64(0xFF) == RowState.LIVE)
-    if live != len(core.rows.live):
-        wrong.append("two live rows belong to the same output")
-    holders: Counter[int] = Counter()
-    for row in core.rows.live.values():
-        if row.length > core.rows.capacity:
-            wrong.append(f"row {row.number} is longer than a row can be")
-            continue
-        wrong += _check_entries(core, row)
-        source = core.sources(row.key)
-        if source is not None:
-            wrong += _check_contents(core, row, source)
-        holders.update(core.rows.pages(row).tolist())
-    for page, count in holders.items():
-        if count > 1 and page != NO_PAGE and state_of(tables.page_word[page]) != PageState.SEALED:
-            wrong.append(f"page {page} is in {count} rows and not sealed")
-    for page in np.flatnonzero(tables.page_word & np.uint64(0xFF) == PageState.SEALED).tolist():
-        content = page_hash(from_words(tables.page_parent[page]), tables.page_tokens[page])
-        if content != from_words(tables.page_hash[page]):
-            wrong.append(f"sealed page {page} does not have the hash of its tokens")
+    if pinned != wanted:
+        wrong.append(_differs("pinned rows are", pinned, wanted))
+    if core.pins.pages != stored.pinned_pages:
+        wrong.append(_differs("pinned pages are", sorted(core.pins.pages), sorted(stored.pinned_pages)))
+    words = tables.row_word.tolist()
+    free = [number for number in range(tables.rows) if words[number] & 0xFF == _FREE_ROW]
+    if sorted(rows.free) != free:
+        wrong.append(_differs("free rows are", sorted(rows.free), free))
+    newest = max(words, default=0) >> 32
+    if rows.newest != newest:
+        wrong.append(_differs("the newest row generation is", rows.newest, newest))
     return wrong
 
 
-def _check_entries(core: ManagerCore, row: Row) -> list[str]:
-    wrong = []
-    pages = core.rows.pages(row)
-    generations = core.pages.generations(pages).tolist()
-    words = core.tables.row_entry[row.number, : row.length].tolist()
-    for number, (word, page, generation) in enumerate(zip(words, pages.tolist(), generations, strict=True)):
-        if page != NO_PAGE and word != entry(page, generation):
-            wrong.append(f"row {row.number} entry {number} names page {page} of another generation")
-        state = state_of(core.tables.page_word[page])
-        if page != NO_PAGE and state == PageState.FREE:
-            wrong.append(f"row {row.number} entry {number} names the free page {page}")
-        if number >= row.sealed and state == PageState.SEALED:
-            wrong.append(f"row {row.number} entry {number} is sealed behind one that is not")
+def _check_pages(core: ManagerCore, stored: Stored) -> Iterator[list[Finding]]:
+    """Each page is held, free, cached or none of these, and is known as just that."""
+    pages = core.pages
+    free, evictable = set[int](), set[tuple[int, int]]()
+    for start in range(0, max(len(pages.free), len(pages.eviction_heap)), STEP_PAGES):
+        free.update(pages.free[start : start + STEP_PAGES])
+        evictable.update(pages.eviction_heap[start : start + STEP_PAGES])
+        yield _check_heap(pages.eviction_heap, start)
+    totals = _Totals()
+    for start in range(1, pages.count, STEP_PAGES):
+        yield _check_some(core, stored, free, evictable, start, totals)
+    yield _check_totals(core, totals, len(free))
+
+
+def _check_heap(heap: Sequence[tuple[int, int]], start: int) -> list[Finding]:
+    for place in range(max(start, 1), min(start + STEP_PAGES, len(heap))):
+        if heap[(place - 1) >> 1] > heap[place]:
+            return [_differs("in the eviction order", heap[(place - 1) >> 1], f"behind {heap[place]}")]
+    return []
+
+
+class _Totals:
+    """Counted page by page."""
+
+    __slots__ = ("cached", "free", "newest_use", "sealed")
+
+    def __init__(self) -> None:
+        self.free = self.cached = self.sealed = self.newest_use = 0
+
+
+def _check_some(
+    core: ManagerCore, stored: Stored, free: set[int], evictable: set[tuple[int, int]], start: int, totals: _Totals
+) -> list[Finding]:
+    tables, pages, wrong = core.tables, core.pages, list[Finding]()
+    end = min(start + STEP_PAGES, pages.count)
+    words, used = tables.page_word[start:end].tolist(), tables.page_used[start:end].tolist()
+    hashes, parents = tables.page_hash[start:end].tobytes(), tables.page_parent[start:end].tobytes()
+    firsts, holders = tables.page_tokens[start:end, 0].tolist(), pages.holders[start:end].tolist()
+    index, limit = pages.index, pages.limit
+    totals.newest_use = max(totals.newest_use, *used)
+    for offset, word in enumerate(words):
+        page, held = start + offset, stored.holders.get(start + offset, 0)
+        if holders[offset] != held:
+            wrong.append(_differs(f"page {page} is counted in", holders[offset], f"{held} rows"))
+        if word & 0xFF == _SEALED:
+            totals.sealed += 1
+            place = slice(offset * _HASH, (offset + 1) * _HASH)
+            siblings = index.children(parents[place], firsts[offset])
+            found = bisect_left(siblings, page)
+            if siblings[found : found + 1] != [page] or page not in index.pages_of(hashes[place]):
+                wrong.append(_differs(f"the prefix index finds page {page}", False, True))
+            if not held:
+                totals.cached += 1
+                if (used[offset], page) not in evictable:
+                    wrong.append(_differs(f"the eviction order names cached page {page}", False, True))
+        elif not held and page < limit:
+            totals.free += 1
+            if page not in free:
+                message = f"page {page} is neither held nor free nor cached"
+                wrong.append(Finding(FindingKind.LEAKED, message, is_derived=True))
     return wrong
 
 
-def _check_contents(core: ManagerCore, row: Row, source: Source) -> list[str]:
-    """A row's sealed pages are its own output's tokens, chained from its root."""
-    if row.index >= len(source.outputs):
-        return [f"row {row.number} belongs to output {row.index}, which {row.key} does not have"]
-    wrong = []
-    output, size, parent = source.outputs[row.index], core.page_size, source.root
-    if not output.computed <= output.known <= output.capacity:
-        wrong.append(f"row {row.number}: computed {output.computed}, known {output.known} of {output.capacity}")
-    for number, page in enumerate(core.rows.pages(row)[: row.sealed].tolist()):
-        tokens = output.tokens[number * size : (number + 1) * size]
-        if (number + 1) * size > output.known or (core.tables.page_tokens[page] != tokens).any():
-            wrong.append(f"row {row.number} entry {number} is sealed with tokens that its output does not have")
-        if from_words(core.tables.page_parent[page]) != parent:
-            wrong.append(f"row {row.number} entry {number} does not follow the page before it")
-        parent = from_words(core.tables.page_hash[page])
-    return wrong
+def _check_totals(core: ManagerCore, totals: _Totals, free: int) -> list[Finding]:
+    """With each page found where it belongs, equal counts leave nothing that does not belong there."""
+    pages = core.pages
+    counts = {
+        "free pages are": ((len(pages.free), free), (totals.free, totals.free)),
+        "cached pages are": (pages.cached, totals.cached),
+        "pages in the prefix index are": (pages.index.counts(), (totals.sealed, totals.sealed)),
+        "the turn is": (pages.turn, max(totals.newest_use, int(core.tables.page_used[0])) >> TURN_SHIFT),
+    }
+    return [_differs(what, found, wanted) for what, (found, wanted) in counts.items() if found != wanted]

@@ -11,10 +11,12 @@ store. Structured dtypes are not used: their assignments tear.
         page_parent u64[pages, 2]      hash of the page before it
         page_used   u64[pages]         last use: a turn number, not a time
         page_tokens u32[pages, page_size]
-        row_word    u64[rows]          state in bits 0..7, output index 8..31, generation 32..63
-        row_key     u64[rows, 2]       the request's key
-        row_length  u64[rows]          entries in use
-        row_entry   u64[rows, entries] page id in bits 0..31, page generation in bits 32..63
+        row_word    u64[rows + 64]     state in bits 0..7, output index 8..31, generation 32..63
+        row_key     u64[rows + 64, 2]  the request's key
+        row_length  u64[rows + 64]     entries in use
+        row_entry   u64[rows + 64, entries]  page id in bits 0..31, page generation in bits 32..63
+        pin_name    u64[64, 32]        tenant, NUL, name in UTF-8: of the pinned row `rows` + this
+                                       (rows for sequences come first, 64 for pinned prefixes last)
 
     <key>.log  made by the manager, from then on written by the executor
         header      8 words            magic, version, outputs, capacity, prompt length, flags
@@ -38,13 +40,15 @@ U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 TABLES_MAGIC: Final = 0x50414745484F4C44  # "PAGEHOLD"
 LOG_MAGIC: Final = 0x50414745484C4F47  # "PAGEHLOG"
 HEADER_WORDS: Final = 64
 LOG_HEADER_WORDS: Final = 8
 OUTPUT_WORDS: Final = 8
 FLAG_LOGPROBS: Final = 1
+MOST_PINS: Final = 64  # rows that only pinned prefixes use, behind those for sequences
+PIN_NAME_WORDS: Final = 32
 NO_PAGE: Final = 0  # the reserved id: `none` entries name it, no row ever gets it
 LOW32: Final = 0xFFFFFFFF
 
@@ -91,7 +95,8 @@ class PageState(IntEnum):
 
 class RowState(IntEnum):
     FREE = 0
-    LIVE = 1
+    LIVE = 1  # a sequence's; its index is the output's
+    PINNED = 2  # a reserved prefix, all sealed; its key is the pin's, its index the place in `pin_name`
 
 
 class Reason(IntEnum):
@@ -168,8 +173,10 @@ class Tables:
     """Views over the bytes of `tables`; see the module's table."""
 
     def __init__(self, buffer: memoryview | bytearray, pages: int, rows: int, entries: int, page_size: int) -> None:
+        """rows: for sequences."""
         self._buffer = buffer
         self._offset = 0
+        self.rows = rows
         self.header: U64 = self._words(HEADER_WORDS)
         self.page_word: U64 = self._words(pages)
         self.page_hash: U64 = self._words(pages * 2).reshape(pages, 2)
@@ -178,10 +185,12 @@ class Tables:
         self.page_tokens: U32 = (
             self._words(-(-pages * page_size // 2)).view(np.uint32)[: pages * page_size].reshape(pages, page_size)
         )
-        self.row_word: U64 = self._words(rows)
-        self.row_key: U64 = self._words(rows * 2).reshape(rows, 2)
-        self.row_length: U64 = self._words(rows)
-        self.row_entry: U64 = self._words(rows * entries).reshape(rows, entries)
+        all_rows = rows + MOST_PINS
+        self.row_word: U64 = self._words(all_rows)
+        self.row_key: U64 = self._words(all_rows * 2).reshape(all_rows, 2)
+        self.row_length: U64 = self._words(all_rows)
+        self.row_entry: U64 = self._words(all_rows * entries).reshape(all_rows, entries)
+        self.pin_name: U64 = self._words(MOST_PINS * PIN_NAME_WORDS).reshape(MOST_PINS, PIN_NAME_WORDS)
 
     def _words(self, count: int) -> U64:
         """The next `count` words; each array starts at a multiple of 64 bytes."""
@@ -191,6 +200,7 @@ class Tables:
 
     @staticmethod
     def nbytes(pages: int, rows: int, entries: int, page_size: int) -> int:
+        all_rows = rows + MOST_PINS
         parts = (
             HEADER_WORDS * 8,
             pages * 8,
@@ -198,10 +208,11 @@ class Tables:
             pages * 16,
             pages * 8,
             pages * page_size * 4,
-            rows * 8,
-            rows * 16,
-            rows * 8,
-            rows * entries * 8,
+            all_rows * 8,
+            all_rows * 16,
+            all_rows * 8,
+            all_rows * entries * 8,
+            MOST_PINS * PIN_NAME_WORDS * 8,
         )
         return sum(-(-part // 64) * 64 for part in parts)
 
@@ -246,13 +257,15 @@ class OutputLog:
     @property
     def is_sound(self) -> bool:
         """Whether the words can be what an executor has stored; positions that they name exist."""
-        terminal = int(self.words[1])
+        terminal = int(self.words[1])  # first: a live executor stores it last
+        progress = int(self.words[0])
+        computed, known = progress & LOW32, progress >> 32
         reason, length = terminal >> 8 & 0xFF, terminal >> 32
         return (
-            self.computed <= self.known <= self.capacity
-            and self.prompt_length <= self.known
+            computed <= known <= self.capacity
+            and self.prompt_length <= known
             and (not terminal or (terminal & 1 == 1 and 0 < reason < len(Reason)))
-            and length <= self.known - self.prompt_length
+            and length <= known - self.prompt_length
         )
 
     def set_progress(self, computed: int, known: int) -> None:
@@ -311,6 +324,23 @@ class RequestLog:
 def request_key(tenant: str, request_id: str) -> str:
     """The name of a request's files: 128 bits of SHA-256, in hex."""
     return hashlib.sha256(f"{tenant}\0{request_id}".encode()).digest()[:16].hex()
+
+
+def pin_key(tenant: str, name: str) -> str:
+    """The key of a pinned prefix's row: no request's key."""
+    return hashlib.sha256(f"pin\0{tenant}\0{name}".encode()).digest()[:16].hex()
+
+
+def pin_words(tenant: str, name: str) -> U64:
+    """u64[PIN_NAME_WORDS]; names are cut, which only shows in lists."""
+    raw = f"{tenant}\0{name}".encode()[: PIN_NAME_WORDS * 8]
+    return np.frombuffer(raw.ljust(PIN_NAME_WORDS * 8, b"\0"), np.uint64)
+
+
+def words_pin(words: U64) -> tuple[str, str]:
+    """Tenant and name. words: u64[PIN_NAME_WORDS]."""
+    tenant, _, name = words.tobytes().rstrip(b"\0").decode(errors="replace").partition("\0")
+    return tenant, name
 
 
 def key_words(key: str) -> tuple[int, int]:

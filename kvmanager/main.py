@@ -16,14 +16,15 @@ import grpc
 import structlog
 import uvloop
 
-from kvmanager import pool as pools
+from kvmanager.idle import IdleCheck
 from kvmanager.pool import CannotAdopt
 from kvmanager.service import Manager
 from kvmanager.session import KvManagerServicer
+from kvmanager.vacant import discard
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime import failpoint, logs
 from pagehold.runtime.channel import server_options
-from pagehold.runtime.lock import FileLock, LockBusy
+from pagehold.runtime.lock import LOOK_SECONDS, FileLock, LockBusy
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.settings import KvManagerSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
@@ -43,8 +44,10 @@ def main(settings: KvManagerSettings) -> int:
     try:
         failpoint.arm(settings.failpoints)
         state = StateDir.prepare(settings.state_dir)
+        if settings.discard:
+            discard(state)
         lock = FileLock(state.manager_lock)  # never released: the process's end does it
-        lock.acquire()
+        lock.acquire(patience=LOOK_SECONDS)
     except LockBusy:
         return _refuse(
             f"another kvmanager serves {settings.state_dir}; stop it or choose another --state-dir", EXIT_FAULT
@@ -52,8 +55,6 @@ def main(settings: KvManagerSettings) -> int:
     except (StateDirError, failpoint.FailpointSyntaxError) as error:
         return _refuse(str(error), EXIT_CONFIG)
     try:
-        if settings.discard:
-            _discard(state)
         progress = Progress(state.progress("kvmanager"))
         manager = Manager(state, settings.record_quota, settings.record_ttl, failpoint.hit)
     except CannotAdopt as error:
@@ -66,18 +67,6 @@ def main(settings: KvManagerSettings) -> int:
 def _refuse(message: str, code: int) -> int:
     print(f"pagehold kvmanager: {message}", file=sys.stderr)
     return code
-
-
-def _discard(state: StateDir) -> None:
-    executor = FileLock(state.executor_lock)
-    try:
-        executor.acquire()
-    except LockBusy:
-        raise CannotAdopt(f"an executor still uses {state.root}; stop it before --discard") from None
-    try:
-        pools.discard(state)
-    finally:
-        executor.release()
 
 
 async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
@@ -105,9 +94,13 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
     gc.freeze()
     progress.set_state(State.READY)
     log.info("serving", state_dir=str(state.root), epoch=manager.epoch)
-    sweeping = asyncio.create_task(_sweep(manager, servicer))
+    between_calls = [
+        asyncio.create_task(_sweep(manager, servicer)),
+        asyncio.create_task(_check(manager, servicer, progress)),
+    ]
     code = await done
-    sweeping.cancel()
+    for task in between_calls:
+        task.cancel()
     progress.set_state(State.DRAINING)
     await server.stop(_STOP_SECONDS)
     progress.set_state(State.DOWN)
@@ -116,7 +109,7 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
 
 async def _sweep(manager: Manager, servicer: KvManagerServicer) -> None:
     """Seals and expires between turns, the more often the more happens."""
-    seconds = _SWEEP_SECONDS
+    seconds, seen = _SWEEP_SECONDS, servicer.changes
     while True:
         await asyncio.sleep(seconds)
         try:
@@ -124,5 +117,20 @@ async def _sweep(manager: Manager, servicer: KvManagerServicer) -> None:
         except Exception as error:
             servicer.fail(error)
             return
-        busy, servicer.active = sealed or servicer.active, False
-        seconds = _SWEEP_SECONDS if busy else min(2 * seconds, _SLOWEST_SWEEP_SECONDS)
+        servicer.changes += sealed
+        seconds = _SWEEP_SECONDS if servicer.changes != seen else min(2 * seconds, _SLOWEST_SWEEP_SECONDS)
+        seen = servicer.changes
+
+
+async def _check(manager: Manager, servicer: KvManagerServicer, progress: Progress) -> None:
+    """Looks for contradictions while nothing happens."""
+    check = IdleCheck(lambda: manager.core, lambda: servicer.changes)
+    while True:
+        try:
+            seconds = check.work()
+        except Exception as error:
+            log.error("the check between calls cannot be made", exc_info=error)
+            return
+        servicer.findings = check.findings
+        progress.set_findings(check.findings)
+        await asyncio.sleep(seconds)

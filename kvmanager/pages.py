@@ -17,7 +17,7 @@ the order of eviction are derived from them and from the rows.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -72,10 +72,16 @@ class Pages:
         self.free = np.flatnonzero(loose)[::-1].tolist()
         self.index = PrefixIndex()
         for page in np.flatnonzero(states == PageState.SEALED).tolist():
-            self.index.add(from_words(self._tables.page_hash[page]), page)
+            self.index.add(*self._names(page), page)
         self.turn = int(self._tables.page_used.max(initial=0)) >> TURN_SHIFT
         self._rebuild_eviction()
         self.cached = len(self._eviction)
+
+    def _names(self, page: int) -> tuple[Hash, Hash, int]:
+        """What the index finds a sealed page by: its hash, its parent's and its first token."""
+        tables = self._tables
+        parent = from_words(tables.page_parent[page])
+        return from_words(tables.page_hash[page]), parent, int(tables.page_tokens[page, 0])
 
     def _rebuild_eviction(self) -> None:
         states = self._tables.page_word & _STATE
@@ -111,13 +117,17 @@ class Pages:
 
         Returns i64 [count].
         """
-        taken = np.array([self.free.pop() if self.free else self._evict() for _ in range(count)], np.int64)
+        left = max(len(self.free) - count, 0)
+        ids = self.free[left:][::-1]
+        del self.free[left:]
+        ids += [self._evict() for _ in range(count - len(ids))]
+        taken = np.array(ids, np.int64)
         self.holders[taken] = 1
         if count:
             generations = (self._tables.page_word[taken] >> _GENERATION_SHIFT) + np.uint64(1)
             words = generations << _GENERATION_SHIFT | np.uint64(PageState.FILLING)
             self._memory.put(self._tables.page_word, taken, words)
-            self._hit("kvmanager.ensure.page_taken")
+            self._hit("kvmanager.page_taken")
         return taken
 
     def _evict(self) -> int:
@@ -125,7 +135,7 @@ class Pages:
         while True:
             used, page = heapq.heappop(self._eviction)
             if self._is_cached(page) and int(self._tables.page_used[page]) == used:
-                self.index.remove(from_words(self._tables.page_hash[page]), page)
+                self.index.remove(*self._names(page), page)
                 self.cached -= 1
                 self.holders[page] = 1  # now, or a second entry of the page would give it out twice
                 return page
@@ -168,11 +178,16 @@ class Pages:
         put(tables.page_tokens, page, tokens)
         self._hit("kvmanager.seal.before_word")
         put(tables.page_word, page, page_word(PageState.SEALED, generation_of(tables.page_word[page])))
-        self.index.add(content, page)
+        self.index.add(content, parent, int(tokens[0]), page)
 
     def generations(self, pages: Ids) -> npt.NDArray[np.uint64]:
         """u64 [n]."""
         return self._tables.page_word[pages] >> _GENERATION_SHIFT
+
+    @property
+    def eviction_heap(self) -> Sequence[tuple[int, int]]:
+        """(last use, page), as a heap: every cached page has its entry, and entries of others are skipped."""
+        return self._eviction
 
     def eviction_order(self) -> list[int]:
         """Cached pages, those to be given up first in front."""

@@ -83,11 +83,11 @@ class Pool:
 def create(state: StateDir, geometry: Geometry, fingerprint: str) -> Pool:
     """New files in place of old ones. fingerprint: 64 hex digits. Raises OSError when the tmpfs is full."""
     size = Tables.nbytes(geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
-    new_tables = _unfinished(state)
+    new_tables = half_made(state)
     try:
         new_tables.unlink(missing_ok=True)
         _make_file(new_tables, size, backed=True)
-        tables = _map_tables(new_tables, geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
+        tables = _map_tables(new_tables, True, geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
         _write_header(tables, geometry, fingerprint)
         # Old tables must never meet a new pool.
         state.tables.unlink(missing_ok=True)
@@ -101,15 +101,22 @@ def create(state: StateDir, geometry: Geometry, fingerprint: str) -> Pool:
 
 
 def adopt(state: StateDir) -> Pool | None:
-    """The pool of an earlier manager; None when there is none. Raises CannotAdopt."""
-    _unfinished(state).unlink(missing_ok=True)
+    """The pool of an earlier manager; None when there is none, nor any leftover then. Raises CannotAdopt."""
+    pool = examine(state, writable=True)
+    half_made(state).unlink(missing_ok=True)
+    if pool is None:
+        state.pool.unlink(missing_ok=True)
+    return pool
+
+
+def examine(state: StateDir, writable: bool = False) -> Pool | None:
+    """As `adopt`, but changes nothing."""
     try:
         size = state.tables.stat().st_size
         header = np.fromfile(state.tables, np.uint64, HEADER_WORDS)
     except FileNotFoundError:
         if any(state.records.glob("*.req")):
             raise CannotAdopt(f"{state.records} holds requests, but their {state.tables} is gone; {REMEDY}") from None
-        state.pool.unlink(missing_ok=True)
         return None
     if size < HEADER_WORDS * 8 or int(header[Header.MAGIC]) != TABLES_MAGIC or int(header[Header.READY]) != 1:
         raise CannotAdopt(f"{state.tables} is damaged: not a Pagehold header; {REMEDY}")
@@ -122,7 +129,7 @@ def adopt(state: StateDir) -> Pool | None:
     try:
         if size != Tables.nbytes(*shape):
             raise ValueError("length")
-        pool = Pool(state, _map_tables(state.tables, *shape))
+        pool = Pool(state, _map_tables(state.tables, writable, *shape))
     except ValueError as error:
         raise CannotAdopt(f"{state.tables} is damaged: wrong {error}; {REMEDY}") from error
     _check_pool_file(state, pool)
@@ -170,8 +177,8 @@ def _held(path: Path) -> int:
 
 
 def discard(state: StateDir) -> None:
-    """Drops the shared files and all records. Both locks are held."""
-    for path in (state.tables, state.pool, _unfinished(state), *state.records.iterdir()):
+    """Drops the shared files and all records. Both locks are held; see `vacant.discard`."""
+    for path in (state.tables, state.pool, half_made(state), *state.records.iterdir()):
         path.unlink(missing_ok=True)
 
 
@@ -207,15 +214,17 @@ def _make_file(path: Path, size: int, backed: bool) -> None:
         os.close(fd)
 
 
-def _map_tables(path: Path, pages: int, rows: int, entries: int, page_size: int) -> Tables:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def _map_tables(path: Path, writable: bool, pages: int, rows: int, entries: int, page_size: int) -> Tables:
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
-        return Tables(memoryview(mmap.mmap(fd, 0)), pages, rows, entries, page_size)
+        return Tables(memoryview(mmap.mmap(fd, 0, prot=protection)), pages, rows, entries, page_size)
     finally:
         os.close(fd)
 
 
-def _unfinished(state: StateDir) -> Path:
+def half_made(state: StateDir) -> Path:
+    """Tables that are not in place yet."""
     return state.tables.with_suffix(".new")
 
 

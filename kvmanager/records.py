@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,11 @@ import numpy as np
 import structlog
 from google.protobuf.message import DecodeError
 
-from kvmanager.core import Source
 from kvmanager.errors import Refusal, Refused
 from kvmanager.layout import RequestLog, request_key
+from kvmanager.pins import Pin
 from kvmanager.prefix import Hash, root_hash
+from kvmanager.source import Source
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.v1 import inference_pb2 as api
 
@@ -34,6 +35,7 @@ _FILE_BLOCK: Final = 4096
 class Record:
     digest: bytes
     root: Hash
+    pin: Pin | None
     nbytes: int
     logs: Source | None  # None: ended, and not mapped any more
     ended_at: float | None = None  # monotonic seconds when all outputs were first seen ended
@@ -50,6 +52,7 @@ class Records:
         self._hit = hit
         self._records: dict[str, Record] = {}
         self._nbytes = 0
+        self.pinning: set[str] = set()  # keys of records that reserve a prefix
         self._adopt()
 
     def __len__(self) -> int:
@@ -58,11 +61,14 @@ class Records:
     @property
     def unfinished_keys(self) -> set[str]:
         """Of records with an output that has no terminal word. Those not mapped any more have none."""
-        return {
-            key
-            for key, record in self._records.items()
-            if record.logs is not None and not all(output.ended for output in record.logs.outputs)
-        }
+        return {key for key, record in self._records.items() if record.logs is not None and not _over(record.logs)}
+
+    @property
+    def unfinished(self) -> list[Source]:
+        """Of the records with an output that has not ended. Those not mapped any more have none."""
+        return [
+            source for record in self._records.values() if (source := record.logs) is not None and not _over(source)
+        ]
 
     def source(self, key: str) -> Source | None:
         """The logs of a record; None when there is no such record."""
@@ -70,8 +76,12 @@ class Records:
         if record is None:
             return None
         if record.logs is None:
-            record.logs = Source(self._map(key).outputs, record.root)
+            record.logs = Source(self._map(key).outputs, record.root, record.pin)
         return record.logs
+
+    def mapped(self) -> Iterator[tuple[str, Source | None]]:
+        """Every key, and its logs as far as they are mapped."""
+        return ((key, record.logs) for key, record in self._records.items())
 
     def find(self, record: kv.RequestRecord) -> str | None:
         """The key under which it is kept already. Raises Refused(ALREADY_EXISTS) for another body."""
@@ -86,7 +96,7 @@ class Records:
     def write(self, record: kv.RequestRecord) -> str:
         """Makes both files of a new record; returns its key. Raises Refused(QUOTA or INVALID)."""
         key = request_key(record.tenant, record.request_id)
-        root = self._root(record)
+        root, pin = self.names(record)
         capacity = len(record.prompt) + record.max_tokens
         log_bytes = RequestLog.nbytes(record.outputs, capacity, record.logprobs)
         data = record.SerializeToString()
@@ -100,7 +110,7 @@ class Records:
             temporary = self._folder / f"{key}.tmp"
             temporary.write_bytes(data)
             self._hit("kvmanager.open.before_rename")
-            logs = Source(self._map(key).outputs, root)
+            logs = Source(self._map(key).outputs, root, pin)
             temporary.rename(self._folder / f"{key}.req")
         except OSError as error:
             for suffix in (".log", ".tmp"):
@@ -110,13 +120,14 @@ class Records:
         self._hit("kvmanager.open.after")
         return key
 
-    def _root(self, record: kv.RequestRecord) -> Hash:
-        """Where the hash chains of its pages start. Raises Refused(INVALID)."""
+    def names(self, record: kv.RequestRecord) -> tuple[Hash, Pin | None]:
+        """Where the hash chains of its pages start, and what is to be pinned. Raises Refused(INVALID)."""
         try:
-            salt = api.GenerateRequest.FromString(record.request).cache_salt
+            request = api.GenerateRequest.FromString(record.request)
         except DecodeError:
             raise Refused(Refusal.INVALID, "the record's request is not a GenerateRequest") from None
-        return root_hash(self._fingerprint, record.tenant, salt)
+        pin = Pin(record.tenant, request.pin_prefix) if request.pin_prefix else None
+        return root_hash(self._fingerprint, record.tenant, request.cache_salt), pin
 
     def _write_log(self, key: str, record: kv.RequestRecord, capacity: int, log_bytes: int) -> None:
         path = self._folder / f"{key}.log"
@@ -135,13 +146,14 @@ class Records:
         record = self._records.pop(key, None)
         if record is not None:
             self._nbytes -= record.nbytes
+            self.pinning.discard(key)
         for suffix in (".req", ".log"):
             (self._folder / f"{key}{suffix}").unlink(missing_ok=True)
 
     def ended(self, key: str) -> bool:
         """Whether every output has its terminal word."""
         record, source = self._records.get(key), self.source(key)
-        return record is None or source is None or all(output.ended for output in source.outputs)
+        return record is None or source is None or _over(source)
 
     def expired(self, now: float, ttl: float) -> list[str]:
         """Keys of records whose outputs have all been ended for `ttl` seconds. now: monotonic seconds."""
@@ -150,7 +162,7 @@ class Records:
             if record.ended_at is not None:
                 if now - record.ended_at >= ttl:
                     keys.append(key)
-            elif record.logs is None or all(output.ended for output in record.logs.outputs):
+            elif record.logs is None or _over(record.logs):
                 record.ended_at = now
         return keys
 
@@ -170,26 +182,38 @@ class Records:
             except (OSError, ValueError, DecodeError, Refused) as error:
                 # Out of the way, not away: one damaged record must not keep all others from being served.
                 log.error("damaged record set aside", key=path.stem, error=str(error))
-                for part in (path, path.with_suffix(".log")):
-                    if part.exists():
-                        part.rename(part.with_name(f"{part.name}.damaged"))
+                set_aside(self._folder, path.stem)
 
     def _adopt_one(self, path: Path) -> None:
         key, data = path.stem, path.read_bytes()
         record = kv.RequestRecord.FromString(data)
         nbytes = _on_disk(path.with_suffix(".log").stat().st_size) + _on_disk(len(data))
-        logs = Source(self._map(key).outputs, self._root(record))
+        logs = Source(self._map(key).outputs, *self.names(record))
         if not logs.outputs or not all(output.is_sound for output in logs.outputs):
             raise ValueError("its log contradicts itself")
         self._remember(key, record.digest, logs, nbytes)
 
     def _remember(self, key: str, digest: bytes, logs: Source, nbytes: int) -> None:
-        self._records[key] = Record(digest, logs.root, nbytes, logs)
+        self._records[key] = Record(digest, logs.root, logs.pin, nbytes, logs)
         self._nbytes += nbytes
+        if logs.pin is not None:
+            self.pinning.add(key)
 
     def _map(self, key: str) -> RequestLog:
         with (self._folder / f"{key}.log").open("rb") as file:
             return RequestLog(memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
+
+
+def set_aside(folder: Path, key: str) -> None:
+    """Its files are read by nobody any more, but by whoever wants to know what happened."""
+    for suffix in (".req", ".log"):
+        path = folder / f"{key}{suffix}"
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}.damaged"))
+
+
+def _over(source: Source) -> bool:
+    return all(output.ended for output in source.outputs)
 
 
 def _on_disk(nbytes: int) -> int:

@@ -1,9 +1,9 @@
-"""Rows: the block tables of live sequences, found by (key, output index).
+"""Rows: the block tables of live sequences, found by (key, output index) or by number; and of pinned prefixes.
 
-    FREE ──make: key, entries, length, then the word──▶ LIVE ──free: the word──▶ FREE
+    FREE ──make: key, entries, length, then the word──▶ LIVE or PINNED ──release: the word──▶ FREE
 
 A live row grows by entries first, its length last. Row generations count over all rows, so that
-an older row of the same output is older by its number, wherever it was.
+an older row of the same output is older by its generation, wherever it was.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from kvmanager.layout import (
     LOW32,
+    MOST_PINS,
     RowState,
     Tables,
     generation_of,
@@ -49,21 +50,36 @@ class Rows:
         self._tables = tables
         self._memory = memory
         self.live: dict[tuple[str, int], Row] = {}
-        self.free: list[int] = []
+        self.pinned: dict[str, Row] = {}  # by the pin's key
+        self.free: list[int] = []  # for sequences
         self.newest = 0  # the highest row generation so far
+        self._numbered: dict[int, Row] = {}  # the live ones
 
     def rebuild(self) -> None:
         """Everything from the tables, except `sealed`."""
         tables = self._tables
         words = tables.row_word.tolist()
-        self.live = {}
-        self.free = [number for number, word in enumerate(words) if state_of(word) != RowState.LIVE][::-1]
+        self.live, self.pinned, self._numbered = {}, {}, {}
+        self.free = [number for number in range(tables.rows) if state_of(words[number]) == RowState.FREE][::-1]
         self.newest = max(map(generation_of, words), default=0)
         for number, word in enumerate(words):
-            if state_of(word) == RowState.LIVE:
-                key, index = words_key(tables.row_key[number]), index_of(word)
-                length = int(tables.row_length[number])
-                self.live[key, index] = Row(number, key, index, generation_of(word), length)
+            state = state_of(word)
+            if state == RowState.FREE:
+                continue
+            key, length = words_key(tables.row_key[number]), int(tables.row_length[number])
+            self._enter(Row(number, key, index_of(word), generation_of(word), length), RowState(state))
+
+    def _enter(self, row: Row, state: RowState) -> None:
+        if state is RowState.PINNED:
+            self.pinned[row.key] = row
+        else:
+            self.live[row.key, row.index] = row
+            self._numbered[row.number] = row
+
+    def free_pin(self) -> int | None:
+        """A place for one more pinned prefix; None: all are taken."""
+        taken = {row.index for row in self.pinned.values()}
+        return next((place for place in range(MOST_PINS) if place not in taken), None)
 
     @property
     def capacity(self) -> int:
@@ -77,30 +93,52 @@ class Rows:
 
     def make(self, key: str, index: int, pages: Ids, generations: np.ndarray, sealed: int) -> Row:
         """A live row over `pages`, i64 [n], of these generations, u64 [n]. There must be a free row."""
-        tables, put = self._tables, self._memory.put
-        number = self.free.pop()
         self.newest += 1
-        row = Row(number, key, index, self.newest, len(pages), sealed)
-        put(tables.row_key, number, key_words(key))
-        put(tables.row_entry, (number, slice(0, len(pages))), pages.astype(np.uint64) | generations << _SHIFT)
-        put(tables.row_length, number, len(pages))
-        put(tables.row_word, number, row_word(RowState.LIVE, index, row.generation))
-        self.live[key, index] = row
+        row = Row(self.free.pop(), key, index, self.newest, len(pages), sealed)
+        self._write(row, RowState.LIVE, pages, generations)
         return row
 
-    def append(self, row: Row, pages: Ids, generations: np.ndarray) -> None:
-        """Adds entries at the end; they count from the store of the length."""
-        end = row.length + len(pages)
-        entries = pages.astype(np.uint64) | generations << _SHIFT
-        self._memory.put(self._tables.row_entry, (row.number, slice(row.length, end)), entries)
-        self._memory.put(self._tables.row_length, row.number, end)
-        row.length = end
+    def pin(self, key: str, place: int, pages: Ids, generations: np.ndarray) -> Row:
+        """A pinned row over sealed `pages`; its name is written already. place: a free one."""
+        self.newest += 1
+        row = Row(self._tables.rows + place, key, place, self.newest, len(pages), len(pages))
+        self._write(row, RowState.PINNED, pages, generations)
+        return row
+
+    def _write(self, row: Row, state: RowState, pages: Ids, generations: np.ndarray) -> None:
+        tables, put = self._tables, self._memory.put
+        put(tables.row_key, row.number, key_words(row.key))
+        put(tables.row_entry, (row.number, slice(0, len(pages))), pages.astype(np.uint64) | generations << _SHIFT)
+        put(tables.row_length, row.number, len(pages))
+        put(tables.row_word, row.number, row_word(state, row.index, row.generation))
+        self._enter(row, state)
+
+    def extend(self, numbers: Ids, counts: Ids, pages: Ids, generations: np.ndarray) -> list[Row]:
+        """Adds entries at the end of live rows; they count from the store of the length. Returns the rows.
+
+        numbers, counts: i64 [n], no number twice; pages: i64 [sum of counts], in the order of the rows.
+        """
+        tables, put = self._tables, self._memory.put
+        lengths = tables.row_length[numbers].astype(np.int64)
+        within = np.arange(len(pages)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.repeat(lengths, counts) + within
+        put(tables.row_entry, (np.repeat(numbers, counts), places), pages.astype(np.uint64) | generations << _SHIFT)
+        lengths += counts
+        put(tables.row_length, numbers, lengths.astype(np.uint64))
+        extended = [self._numbered[number] for number in numbers.tolist()]
+        for row, length in zip(extended, lengths.tolist(), strict=True):
+            row.length = length
+        return extended
 
     def shrink(self, row: Row, length: int) -> None:
         self._memory.put(self._tables.row_length, row.number, length)
         row.length = length
 
     def release(self, row: Row) -> None:
+        """A live row, or a pinned one."""
         self._memory.put(self._tables.row_word, row.number, row_word(RowState.FREE, 0, row.generation))
-        del self.live[row.key, row.index]
-        self.free.append(row.number)
+        if row.number < self._tables.rows:
+            del self.live[row.key, row.index], self._numbered[row.number]
+            self.free.append(row.number)
+        else:
+            del self.pinned[row.key]

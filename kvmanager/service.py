@@ -11,13 +11,17 @@ import numpy as np
 import structlog
 
 from kvmanager import pool as pools
-from kvmanager.core import ManagerCore
+from kvmanager.core import Granted, ManagerCore
 from kvmanager.errors import Refusal, Refused
+from kvmanager.fsck import Report, check_manager
 from kvmanager.geometry import asked_geometry, difference
-from kvmanager.integrity import check_tables
 from kvmanager.layout import Geometry
+from kvmanager.pins import Pin, Pinned
 from kvmanager.pool import REMEDY, CannotAdopt, Pool
 from kvmanager.records import Records
+from kvmanager.room import check_room
+from kvmanager.source import Source
+from kvmanager.stored import check_tables
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.lock import FileLock, LockBusy, read_id
 from pagehold.runtime.statedir import StateDir
@@ -56,22 +60,15 @@ class Manager:
         hit("kvmanager.adopt.before")
         pool = pools.adopt(state)
         if pool is not None:
-            self._check(pool)
+            self._build(pool)
 
-    def _check(self, pool: Pool) -> None:
-        """Never serves from tables that contradict themselves."""
-        try:
-            wrong = check_tables(self._build(pool))
-        except (IndexError, ValueError, OverflowError) as error:
-            wrong = [f"a number in it is out of range ({error})"]
-        if wrong:
-            raise CannotAdopt(f"{self._state.tables} is damaged: {wrong[0]}; {REMEDY}")
-
-    def _build(self, pool: Pool) -> ManagerCore:
-        self.pool = pool
-        self.records = Records(self._state.records, pool.fingerprint, self._quota, self._hit)
-        self.core = ManagerCore(pool.tables, self.records.source, hit=self._hit, back=pool.back)
-        return self.core
+    def _build(self, pool: Pool) -> None:
+        """Serves from this pool. Raises CannotAdopt when its tables contradict themselves."""
+        records = Records(self._state.records, pool.fingerprint, self._quota, self._hit)
+        if wrong := check_tables(pool.tables, records.source):
+            raise CannotAdopt(f"{self._state.tables} is damaged: {wrong[0]}; see `pagehold fsck`, or {REMEDY}")
+        self.pool, self.records = pool, records
+        self.core = ManagerCore(pool.tables, records.source, hit=self._hit, back=pool.back)
 
     @property
     def epoch(self) -> int:
@@ -132,8 +129,12 @@ class Manager:
         assert self.core is not None and self.records is not None
         try:
             match call.WhichOneof("call"):
+                case "ensure_rows":
+                    return kv.Reply(ensure_rows=ensure_rows(self.core, call.ensure_rows))
                 case "ensure":
                     return kv.Reply(ensure=_ensure(self.core, call.ensure))
+                case "fork":
+                    return kv.Reply(fork=_fork(self.core, call.fork))
                 case "open":
                     return kv.Reply(open=self._open(self.core, self.records, call.open.record))
                 case "trim":
@@ -155,7 +156,7 @@ class Manager:
     def _open(self, core: ManagerCore, records: Records, record: kv.RequestRecord) -> kv.OpenResponse:
         found = records.find(record)
         if found is None:
-            _check_record(core, record)
+            _check_record(core, records, record)
             key = records.write(record)
         else:
             key = found
@@ -171,6 +172,7 @@ class Manager:
         if not records.ended(key):
             raise Refused(Refusal.INVALID, f"{key} has outputs that have not ended")
         records.forget(key)
+        self._hit("kvmanager.forget.after")
 
     def sweep(self) -> int:
         """Between calls: seals what was filled, forgets what is long over. Returns how many pages were sealed."""
@@ -199,6 +201,20 @@ class Manager:
             lock.release()
         return True
 
+    def fsck(self) -> Report:
+        """Looks at everything; changes nothing."""
+        if self.core is None or self.records is None:
+            return Report([])
+        return check_manager(self._state, self.core, self.records)
+
+    def pins(self) -> list[Pinned]:
+        """The pinned prefixes, by name."""
+        return self.core.pins.list() if self.core is not None else []
+
+    def unpin(self, pin: Pin) -> bool:
+        """Whether there was such a pin."""
+        return self.core is not None and self.core.unpin(pin)
+
     def stats(self, attached: bool) -> kv.GetStatsResponse:
         if self.core is None or self.records is None:
             return kv.GetStatsResponse(incarnation=self.incarnation)
@@ -215,6 +231,7 @@ class Manager:
             executor_attached=attached,
             prefix_hit_tokens=self.core.hit_tokens,
             prefix_query_tokens=self.core.query_tokens,
+            pinned_pages=len(self.core.pins.pages),
         )
 
 
@@ -222,17 +239,45 @@ def error_reply(refused: Refused) -> kv.Reply:
     return kv.Reply(error=kv.Error(reason=f"ERROR_REASON_{refused.reason.name}", message=str(refused)))
 
 
+def ensure_rows(core: ManagerCore, ask: kv.EnsureRowsRequest) -> kv.EnsureRowsResponse:
+    """Raises Refused."""
+    columns = [np.fromiter(column, np.int64, len(column)) for column in (ask.rows, ask.capacities, ask.headrooms)]
+    generations = np.fromiter(ask.row_generations, np.uint64, len(ask.row_generations))
+    if len({len(generations), *map(len, columns)}) > 1:
+        raise Refused(Refusal.INVALID, "the columns of `ensure_rows` differ in length")
+    rows, capacities, headrooms = columns
+    return kv.EnsureRowsResponse(capacities=core.ensure_rows(rows, generations, capacities, headrooms).tolist())
+
+
 def _ensure(core: ManagerCore, ask: kv.EnsureRequest) -> kv.EnsureResponse:
-    granted = core.ensure(ask.key, ask.index, ask.row_generation, ask.capacity, ask.headroom, ask.keep_free)
+    granted = core.ensure(ask.key, ask.index, ask.capacity, ask.headroom, ask.keep_free)
     return kv.EnsureResponse(
         row=granted.row,
         row_generation=granted.generation,
         capacity=granted.capacity,
         cached_tokens=granted.cached,
+        copy=_copy(granted),
     )
 
 
-def _check_record(core: ManagerCore, record: kv.RequestRecord) -> None:
+def _fork(core: ManagerCore, ask: kv.ForkRequest) -> kv.ForkResponse:
+    parent = (ask.from_index, ask.from_row_generation, ask.length)
+    granted = core.fork(ask.key, ask.index, *parent, ask.capacity, ask.headroom, ask.keep_free)
+    return kv.ForkResponse(
+        row=granted.row,
+        row_generation=granted.generation,
+        capacity=granted.capacity,
+        shared_tokens=granted.cached,
+        copy=_copy(granted),
+    )
+
+
+def _copy(granted: Granted) -> kv.PageCopy | None:
+    copy = granted.copy
+    return kv.PageCopy(page=copy.page, page_generation=copy.generation, tokens=copy.tokens) if copy else None
+
+
+def _check_record(core: ManagerCore, records: Records, record: kv.RequestRecord) -> None:
     """Raises Refused for what could never be served."""
     if not record.prompt or not record.max_tokens or not record.digest or not 0 < record.outputs <= _MOST_OUTPUTS:
         message = f"a record needs a digest, a prompt, max_tokens and 1 to {_MOST_OUTPUTS} outputs"
@@ -243,3 +288,7 @@ def _check_record(core: ManagerCore, record: kv.RequestRecord) -> None:
         if tokens > limit * core.page_size:
             message = f"prompt and max_tokens need {tokens} tokens, {what} holds {limit * core.page_size}"
             raise Refused(Refusal.TOO_LARGE, message)
+    root, pin = records.names(record)
+    if pin is not None or records.pinning or core.pins.pages:
+        prompt = np.fromiter(record.prompt, np.uint32, len(record.prompt))
+        check_room(core, records.unfinished, Source([], root, pin), prompt, tokens)

@@ -1,4 +1,4 @@
-"""The gRPC shell: one session for the attached executor, replies in the order of its calls."""
+"""The gRPC shell: one session for the attached executor, replies in the order of its calls; and operators' calls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import grpc
 import structlog
 
 from kvmanager.errors import Refusal, Refused
+from kvmanager.pins import Pin
 from kvmanager.service import Manager, error_reply
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
@@ -17,9 +18,14 @@ from pagehold.runtime.progress import Progress
 log = structlog.get_logger()
 
 _TURN_SECONDS: Final = 10.0  # a turn that takes longer is a hang; making memory for an extent may take a while
+_FSCK_SECONDS: Final = 120.0  # a check looks at every page and every record
+_MOST_FINDINGS: Final = 1000  # in one answer
 
 SessionContext = grpc.aio.ServicerContext[kv.SessionRequest, kv.SessionResponse]
 StatsContext = grpc.aio.ServicerContext[kv.GetStatsRequest, kv.GetStatsResponse]
+FsckContext = grpc.aio.ServicerContext[kv.FsckRequest, kv.FsckResponse]
+ListPinsContext = grpc.aio.ServicerContext[kv.ListPinsRequest, kv.ListPinsResponse]
+UnpinContext = grpc.aio.ServicerContext[kv.UnpinRequest, kv.UnpinResponse]
 
 
 class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
@@ -35,7 +41,8 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
         self._on_fault = on_fault
         self._broken = False
         self._current: object | None = None  # the session that may call
-        self.active = False  # whether there were calls since the last look
+        self.changes = 0  # grows with every call that may change something
+        self.findings = 0  # of the checks between calls
 
     async def Session(
         self, request_iterator: AsyncIterator[kv.SessionRequest], context: SessionContext
@@ -52,7 +59,7 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
     def _turn(self, me: object, request: kv.SessionRequest) -> kv.SessionResponse:
         self.guard()
         self._progress.begin_turn(_TURN_SECONDS)
-        self.active = True
+        self.changes += 1
         try:
             return kv.SessionResponse(replies=[self._call(me, call) for call in request.calls])
         except Exception as error:
@@ -80,7 +87,43 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
 
     async def GetStats(self, request: kv.GetStatsRequest, context: StatsContext) -> kv.GetStatsResponse:
         self.guard()
-        return self._manager.stats(self._current is not None)
+        stats = self._manager.stats(self._current is not None)
+        stats.integrity_findings = self.findings
+        return stats
+
+    async def Fsck(self, request: kv.FsckRequest, context: FsckContext) -> kv.FsckResponse:
+        self.guard()
+        self._progress.begin_turn(_FSCK_SECONDS)
+        try:
+            report = self._manager.fsck()
+        finally:
+            self._progress.end_turn()
+        return kv.FsckResponse(
+            findings=[kv.Finding(kind=one.kind.name, message=str(one)) for one in report.findings[:_MOST_FINDINGS]],
+            total=len(report.findings),
+            pages=report.pages,
+            rows=report.rows,
+            records=report.records,
+        )
+
+    async def ListPins(self, request: kv.ListPinsRequest, context: ListPinsContext) -> kv.ListPinsResponse:
+        self.guard()
+        core = self._manager.core
+        size = core.page_size if core is not None else 0
+        pins = [
+            kv.Pin(name=one.pin.name, tenant=one.pin.tenant, pages=one.pages, tokens=one.pages * size)
+            for one in self._manager.pins()
+        ]
+        return kv.ListPinsResponse(pins=pins)
+
+    async def Unpin(self, request: kv.UnpinRequest, context: UnpinContext) -> kv.UnpinResponse:
+        self.guard()
+        self.changes += 1
+        try:
+            return kv.UnpinResponse(existed=self._manager.unpin(Pin(request.tenant, request.name)))
+        except Exception as error:
+            self.fail(error)
+            raise
 
     def guard(self) -> None:
         if self._broken:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
+from typing import Final
+
+LOOK_SECONDS: Final = 0.1  # far longer than a look takes
+_TRY_SECONDS: Final = 0.005
 
 
 class LockBusy(Exception):
@@ -23,15 +28,22 @@ class FileLock:
         self._path = path
         self._fd = -1
 
-    def acquire(self, wait: bool = False) -> None:
-        """Raises LockBusy when another process holds it and `wait` is false."""
+    def acquire(self, wait: bool = False, patience: float = 0.0) -> None:
+        """Raises LockBusy when another process holds it and `wait` is false.
+
+        patience: seconds of trying again, for `is_held` shares a free lock for an instant.
+        """
+        deadline = time.monotonic() + patience
         while True:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(fd)
-                raise LockBusy(str(self._path)) from error
+                if time.monotonic() >= deadline:
+                    raise LockBusy(str(self._path)) from error
+                time.sleep(_TRY_SECONDS)
+                continue
             except BaseException:
                 os.close(fd)
                 raise
@@ -56,6 +68,24 @@ class FileLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process holds the lock: a look that waits for nobody, and makes no file.
+
+    A lock that nobody holds is shared for an instant, so that two who look do not take each other for a holder.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def read_id(path: Path) -> bytes:

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 _WORDS: Final = 8
-_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED = range(6)
+_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED, _FINDINGS = range(7)
 
 
 class State(IntEnum):
@@ -40,6 +40,7 @@ class ProgressView:
     deadline_ns: int  # CLOCK_MONOTONIC, of the next turn; 0: idle
     started_ns: int  # CLOCK_MONOTONIC
     committed: int  # tokens committed in this life; only the executor counts
+    findings: int = 0  # of checks that the component makes of itself; only the manager does
 
     @property
     def overdue(self) -> bool:
@@ -61,12 +62,16 @@ class Progress:
         self._words[_DEADLINE] = 0
         self._words[_TURN] = 0
         self._words[_COMMITTED] = 0
+        self._words[_FINDINGS] = 0
         self._words[_STARTED] = time.monotonic_ns()
         self._words[_PID] = os.getpid()
         self._words[_STATE] = int(State.STARTING)
 
     def set_state(self, state: State) -> None:
         self._words[_STATE] = int(state)
+
+    def set_findings(self, count: int) -> None:
+        self._words[_FINDINGS] = count
 
     def begin_turn(self, seconds: float) -> None:
         """A turn that must end within `seconds`, else the component counts as hung."""
@@ -88,7 +93,7 @@ def read_progress(path: Path) -> ProgressView | None:
         return None
     if len(words) < _WORDS:
         return None
-    pid, state, turn, deadline, started, committed = (int(word) for word in words[:6])
+    pid, state, turn, deadline, started, committed, findings = (int(word) for word in words[:7])
     if state >= len(State):
         return None
-    return ProgressView(pid, State(state), turn, deadline, started, committed)
+    return ProgressView(pid, State(state), turn, deadline, started, committed, findings)

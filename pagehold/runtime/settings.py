@@ -103,8 +103,10 @@ class ExecutorSettings(ComponentSettings):
     max_num_seqs: int = Field(128, ge=1, le=4096, description="sequences that run at once")
     max_batch_tokens: int = Field(512, ge=16, description="tokens computed in one step")
     prefix_cache: bool = Field(True, description="share pages of equal prefixes")
+    fork: bool = Field(True, description="outputs of one request share the pages of their prompt; off for debugging")
     threads: int | None = Field(None, ge=1, description="compute threads; default: the processors of this process")
     cpu_isa: Literal["portable", "avx2", "avx512bf16"] | None = Field(None, description="forces an instruction set")
+    step_trace: Path | None = Field(None, description="file that gets one line of JSON a step, for benchmarks")
 
 
 class FrontendSettings(ComponentSettings):
@@ -127,6 +129,46 @@ class StatusSettings(StateDirSettings):
     """What runs, read from the state folder."""
 
     json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class FsckSettings(StateDirSettings):
+    """Checks tables, rows, prefix index, records and logs against each other. K/V has no checksum and is not seen."""
+
+    repair: bool = Field(False, description="mend a folder that nobody uses; no token is lost by it")
+    json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class PoolsSettings(StateDirSettings):
+    """Lists state folders: those named, or all of this user's beside --state-dir."""
+
+    folders: CliPositionalArg[list[Path]] = Field([], description="state folders; default: all beside --state-dir")
+    reclaim: bool = Field(False, description="remove those whose owners are dead")
+    force: bool = Field(False, description="also with requests that have not ended")
+    json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class PrefixListSettings(StateDirSettings):
+    """The pinned prefixes of a running manager."""
+
+    json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class PrefixUnpinSettings(StateDirSettings):
+    """Gives a pinned prefix back to the cache."""
+
+    name: CliPositionalArg[str] = Field(description="the name it was pinned under")
+    tenant: str = Field("default", description="whose it is")
+
+
+class PrefixPinSettings(Settings):
+    """Computes a prefix once and keeps its whole pages until it is unpinned."""
+
+    name: CliPositionalArg[str] = Field(description="a name for it; a prefix under the same name is replaced")
+    text: str = Field("", description="the prefix as it is; with --system, the first message of a user")
+    system: str = Field("", description="the system message of chats that begin with it")
+    salt: str = Field("", description="cache_salt of the requests that are to share it")
+    address: str = Field("127.0.0.1:50051", description="HOST:PORT of a frontend")
+    model: str = Field("", description="name of the model; default: the one that is served")
 
 
 class ClientSettings(Settings):

@@ -77,7 +77,7 @@ class StateDir:
         return self.root / f"{component}.progress"
 
     def remove(self) -> None:
-        """Deletes what Pagehold put there. Only for `pagehold up`, after its children are gone."""
+        """Deletes what Pagehold put there. Only for whoever knows that nobody uses it."""
         if self.records.is_dir():
             for path in self.records.iterdir():
                 path.unlink(missing_ok=True)
@@ -85,7 +85,8 @@ class StateDir:
         files = (self.tables, self.tables.with_suffix(".new"), self.pool)
         locks = (self.manager_lock, self.executor_lock, self.supervisor_lock)
         sockets = (self.kvmanager_socket, self.executor_socket)
-        for path in (*files, *locks, *sockets, *self.root.glob("*.progress")):
+        # Locks last: once they are gone the folder may be another's.
+        for path in (*files, *sockets, *self.root.glob("*.progress"), *locks):
             path.unlink(missing_ok=True)
         try:
             self.root.rmdir()

@@ -16,8 +16,13 @@ from pagehold.runtime.settings import (
     ComponentSettings,
     ExecutorSettings,
     FrontendSettings,
+    FsckSettings,
     GenerateSettings,
     KvManagerSettings,
+    PoolsSettings,
+    PrefixListSettings,
+    PrefixPinSettings,
+    PrefixUnpinSettings,
     Settings,
     StatusSettings,
     UpSettings,
@@ -29,14 +34,15 @@ EXIT_USAGE: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A subcommand: its module's `main` takes the settings and returns the exit code."""
+    """A subcommand: a function of its module takes the settings and returns the exit code."""
 
     help: str
     settings: type[Settings]
     module: str
+    function: str = "main"
 
     def run(self, found: Settings) -> int:
-        return int(import_module(self.module).main(found))
+        return int(getattr(import_module(self.module), self.function)(found))
 
 
 COMMANDS: Final = {
@@ -44,6 +50,11 @@ COMMANDS: Final = {
     "generate": Command("stream one answer to the terminal", GenerateSettings, "services.cli.generate"),
     "chat": Command("talk to the model", ClientSettings, "services.cli.chat"),
     "status": Command("what runs here, and what it holds", StatusSettings, "services.cli.status"),
+    "fsck": Command("check a state folder, live or dead; mend a dead one", FsckSettings, "services.cli.fsck"),
+    "pools": Command("state folders, and what dead owners left", PoolsSettings, "services.cli.pools"),
+    "prefix list": Command("prefixes that stay cached", PrefixListSettings, "services.cli.prefix", "list_pins"),
+    "prefix pin": Command("keep a prefix cached", PrefixPinSettings, "services.cli.prefix", "pin"),
+    "prefix unpin": Command("give one back to the cache", PrefixUnpinSettings, "services.cli.prefix", "unpin"),
     "kvmanager": Command("the owner of the pages, in the foreground", KvManagerSettings, "kvmanager.main"),
     "executor": Command("what runs the model, in the foreground", ExecutorSettings, "services.executor.main"),
     "frontend": Command("the public gRPC server, in the foreground", FrontendSettings, "services.frontend.main"),
@@ -70,17 +81,26 @@ def main() -> int:
         case ["run", *rest]:
             print(f"usage: pagehold run {{{','.join(COMPONENTS)}}} [FLAGS OF THE COMPONENT]")
             return 0 if rest[:1] in (["-h"], ["--help"]) else EXIT_USAGE
+        case ["prefix", action, *rest] if f"prefix {action}" in COMMANDS:
+            return _run(f"prefix {action}", rest)
+        case ["prefix", *rest]:
+            print("usage: pagehold prefix {list,pin,unpin} [FLAGS]")
+            return 0 if rest[:1] in (["-h"], ["--help"]) else EXIT_USAGE
         case [name, *rest] if name in COMMANDS:
-            command = COMMANDS[name]
-            found = _read(command.settings, rest, name)
-            if isinstance(found, ComponentSettings) and found.parent_pid:
-                from pagehold.runtime.process import die_with_parent
-
-                die_with_parent(found.parent_pid)
-            return command.run(found)
+            return _run(name, rest)
         case _:
             print(f"pagehold: no command {arguments[0]!r}; see pagehold --help", file=sys.stderr)
             return EXIT_USAGE
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    found = _read(command.settings, arguments, name)
+    if isinstance(found, ComponentSettings) and found.parent_pid:
+        from pagehold.runtime.process import die_with_parent
+
+        die_with_parent(found.parent_pid)
+    return command.run(found)
 
 
 def _overview() -> str:

@@ -43,7 +43,7 @@ def collect(state: StateDir) -> dict[str, Any]:
     rows = _live_rows(tables) if tables is not None else {}
     return {
         "components": {name: _component(state, name, tables) for name in COMPONENTS},
-        "pool": _pool(tables, rows),
+        "pool": _pool(tables),
         "sequences": _sequences(state, rows),
     }
 
@@ -59,6 +59,8 @@ def _component(state: StateDir, name: str, tables: Tables | None) -> dict[str, A
     }
     if name != "frontend" and tables is not None:
         found["epoch"] = int(tables.header[Header.EPOCH])
+    if name == "kvmanager":
+        found["integrity_findings"] = view.findings
     return found
 
 
@@ -86,18 +88,29 @@ def _live_rows(tables: Tables) -> dict[tuple[str, int], U64]:
     }
 
 
-def _pool(tables: Tables | None, rows: dict[tuple[str, int], U64]) -> dict[str, int]:
+def _pool(tables: Tables | None) -> dict[str, int]:
+    """`free` is what a new request could get: pages in no row, neither a sequence's nor a pinned prefix's."""
     if tables is None:
-        return {"pages": 0, "free": 0, "shared": 0, "page_size": 0}
-    entries = np.concatenate([np.zeros(0, np.uint64), *rows.values()]) & np.uint64(LOW32)
-    held, counts = np.unique(entries[entries != NO_PAGE], return_counts=True)
+        return {"pages": 0, "free": 0, "shared": 0, "pinned": 0, "page_size": 0}
+    pinned = _pages_of(tables, RowState.PINNED)
+    held, counts = np.unique(np.concatenate([_pages_of(tables, RowState.LIVE), pinned]), return_counts=True)
     pages = len(tables.page_word) - 1
     return {
         "pages": pages,
         "free": pages - len(held),
         "shared": int(np.count_nonzero(counts > 1)),
+        "pinned": len(np.unique(pinned)),
         "page_size": int(tables.page_tokens.shape[1]),
     }
+
+
+def _pages_of(tables: Tables, state: RowState) -> U64:
+    """Every page that a row in this state names, once for each row, u64 [n]."""
+    rows = np.flatnonzero(tables.row_word & np.uint64(0xFF) == state).tolist()
+    entries = [tables.row_entry[row, : int(tables.row_length[row])] for row in rows]
+    pages: U64 = np.concatenate([np.zeros(0, np.uint64), *entries]) & np.uint64(LOW32)
+    named: U64 = pages[pages != NO_PAGE]
+    return named
 
 
 def _sequences(state: StateDir, rows: dict[tuple[str, int], U64]) -> list[dict[str, Any]]:
@@ -138,7 +151,12 @@ def render(found: dict[str, Any]) -> str:
         uptime = f"{one['uptime_seconds']:.0f} s" if "uptime_seconds" in one else "-"
         lines.append(f"{name:<12}{one['state']:<10}{one['pid'] or '-':>8}{uptime:>10}{one.get('epoch', '-'):>7}")
     pool = found["pool"]
-    lines.append(f"pages: {pool['pages']} of {pool['page_size']} tokens, {pool['free']} free, {pool['shared']} shared")
+    lines.append(
+        f"pages: {pool['pages']} of {pool['page_size']} tokens, "
+        f"{pool['free']} free, {pool['shared']} shared, {pool['pinned']} pinned"
+    )
     running = sum(one["state"] == "running" for one in found["sequences"])
     lines.append(f"sequences: {running} running, {len(found['sequences']) - running} waiting")
+    if wrong := found["components"]["kvmanager"].get("integrity_findings"):
+        lines.append(f"integrity: {wrong} findings; run pagehold fsck")
     return "\n".join(lines)

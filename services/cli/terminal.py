@@ -59,7 +59,7 @@ async def stream_answer(client: Client, prompt: Any, options: dict[str, Any]) ->
                 case "finished":
                     usage = response.finished.usage
     except grpc.aio.AioRpcError as error:
-        raise CallFailed(_sentence(error)) from error
+        raise CallFailed(sentence(error)) from error
     except ValueError as error:
         raise CallFailed(str(error)) from error
     finally:
@@ -68,7 +68,8 @@ async def stream_answer(client: Client, prompt: Any, options: dict[str, Any]) ->
     return Answer("".join(parts), usage, first, time.monotonic() - start)
 
 
-def _sentence(error: grpc.aio.AioRpcError) -> str:
+def sentence(error: grpc.aio.AioRpcError) -> str:
+    """A failed call, in one line."""
     details = error.details() or "no details"
     if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
         return "no frontend answers there; start one with `pagehold up`, or name it with --address"

@@ -17,6 +17,7 @@ from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint
 from pagehold.runtime.progress import Progress
 from services.executor import publisher
+from services.executor.frontends import Frontends
 from services.executor.inbox import (
     Attached,
     Connected,
@@ -48,20 +49,25 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         requests: Requests,
+        frontends: Frontends,
         pages: Pages,
         inbox: Inbox,
         send: Callable[[list[kv.Call]], None],
         progress: Progress,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """clock: CLOCK_MONOTONIC in seconds."""
         self.runner = runner
         self.scheduler = scheduler
         self.requests = requests
+        self.frontends = frontends
         self.pages = pages
         self.inbox = inbox
         self.progress = progress
         self.prefill_tokens = 0
         self.decode_tokens = 0
         self._send = send
+        self._clock = clock
         self._connections: list[publisher.Connection] = []
         self._stopping = False
 
@@ -75,7 +81,7 @@ class Engine:
 
     def step(self) -> bool:
         """One turn; whether there was anything to compute."""
-        now = time.monotonic()
+        now = self._clock()
         self.requests.expire(now)
         # What ended gives its pages back before anybody asks for more, and all of it comes before the plan:
         # making room may take a row away.
@@ -128,7 +134,7 @@ class Engine:
     def _handle(self, event: object) -> None:
         match event:
             case FromFrontend(connection, message):
-                self.requests.handle(connection, message)
+                self.frontends.handle(connection, message)
             case Replied(call, reply):
                 self._replied(call, reply)
             case Connected(connection):
@@ -136,9 +142,9 @@ class Engine:
             case Disconnected(connection):
                 connection.closed = True
                 self._connections.remove(connection)
-                self.requests.disconnected(connection, time.monotonic())
+                self.frontends.disconnected(connection)
             case Attached(response):
-                self.requests.adopt(response, time.monotonic())
+                self.requests.adopt(response, self._clock())
             case Stop():
                 self._stopping = True
             case Wake():
@@ -146,10 +152,14 @@ class Engine:
 
     def _replied(self, call: kv.Call, reply: kv.Reply) -> None:
         match call.WhichOneof("call"):
+            case "ensure_rows":
+                self.pages.grown(call.ensure_rows, reply)
             case "ensure":
                 self.pages.ensured(call.ensure, reply)
+            case "fork":
+                self.pages.forked(call.fork, reply)
             case "open":
-                self.requests.opened(call.open, reply)
+                self.frontends.opened(call.open, reply)
             case _:
                 if reply.WhichOneof("reply") == "error":
                     log.error("manager refused a call", call=call.WhichOneof("call"), reason=reply.error.message)

@@ -30,6 +30,7 @@ from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
 from services.executor.engine import Engine
+from services.executor.frontends import Frontends
 from services.executor.inbox import Attached, Inbox, Replied, Stop
 from services.executor.kv_link import KvLink
 from services.executor.modelstore.store import ModelError, PackedModel, open_model
@@ -40,6 +41,7 @@ from services.executor.scheduler import Scheduler
 from services.executor.server import Description, ExecutorServicer
 from services.executor.shared import SharedPool
 from services.executor.tenure import Tenure
+from services.executor.trace import StepTrace, TracedEngine
 
 log = structlog.get_logger()
 
@@ -86,6 +88,7 @@ class _Executor:
         self._runner = make_runner(settings, model, self._max_model_len)
         self._pool = SharedPool(state)
         self._inbox = Inbox()
+        self._trace = _open_trace(settings)
         self._fatal: kv.Error | None = None
         self._failed = False
         self._done = asyncio.Event()
@@ -190,12 +193,14 @@ class _Executor:
         settings = self._settings
         scheduler = Scheduler(settings.page_size, settings.max_num_seqs, settings.max_batch_tokens, _PARK_AFTER)
         requests = Requests(scheduler, self._pool, self._runner, self._state.records, self._model.eos_token_ids)
-        pages = Pages(scheduler, requests, self._runner, self._pool, settings.prefix_cache)
+        frontends = Frontends(requests, self._pool, settings.prefix_cache)
+        pages = Pages(scheduler, requests, self._runner, self._pool, settings.prefix_cache, settings.fork)
 
         def send(calls: list[kv.Call]) -> None:
             loop.call_soon_threadsafe(link.send, calls)
 
-        return Engine(self._runner, scheduler, requests, pages, self._inbox, send, progress)
+        parts = (self._runner, scheduler, requests, frontends, pages, self._inbox, send, progress)
+        return Engine(*parts) if self._trace is None else TracedEngine(self._trace, *parts)
 
     def _on_attach(self, response: kv.AttachResponse) -> None:
         if not self._pool.mapped:
@@ -254,6 +259,15 @@ def _max_model_len(settings: ExecutorSettings, model: PackedModel) -> int:
     if settings.max_model_len is not None and settings.max_model_len > longest:
         raise ConfigurationError(f"--max-model-len {settings.max_model_len} is more than the model's {longest}")
     return settings.max_model_len or longest
+
+
+def _open_trace(settings: ExecutorSettings) -> StepTrace | None:
+    if settings.step_trace is None:
+        return None
+    try:
+        return StepTrace(settings.step_trace)
+    except OSError as error:
+        raise ConfigurationError(f"--step-trace {settings.step_trace}: {error.strerror}") from error
 
 
 def make_runner(settings: ExecutorSettings, model: PackedModel, max_model_len: int) -> Runner:

@@ -60,6 +60,10 @@ class Scheduler:
         """A detached output that nobody has read for a while keeps its pages and rests."""
         return sequence.request.connection is None and sequence.length - sequence.cursor >= self.park_after
 
+    def resting(self) -> list[Sequence]:
+        """The parked ones that have a row, in order."""
+        return [sequence for sequence in self.running if sequence.request.connection is None and self.parked(sequence)]
+
     def plan(self) -> Plan:
         """The chunks of one step; every position lies within its row."""
         budget = self.max_batch_tokens

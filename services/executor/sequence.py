@@ -76,9 +76,12 @@ class Sequence:
     row_generation: int = 0
     capacity: int = 0  # tokens that the row holds
     ask_from: int = 0  # no further pages are asked for while `known` is below this
-    asking: bool = False  # an `ensure` is on its way
-    starved: bool = False  # the last `ensure` was refused for want of pages
+    asking: bool = False  # a call for its row, or for more pages, is on its way
+    starved: bool = False  # lacks a page for its next step, and there was none to be had
     preempted: bool = False  # has lost a row: what it finds cached may be its own
+    resumed_at: int | None = None  # `known` when it got a row back
+    forking: Sequence | None = None  # the sibling whose row it has asked to fork
+    forkable: bool = True  # until such a row was found gone
     held_until: float = 0.0  # waits for a neighbour's pages until this time, at most
     cached_tokens: int = 0
     cursor: int = 0  # the next of the output's tokens that its stream wants
@@ -95,6 +98,20 @@ class Sequence:
     def length(self) -> int:
         """Tokens of the output so far."""
         return self.log.final_length if self.phase is Phase.ENDED else self.known - self.prompt_length
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def since_resumed(self) -> int | None:
+        """Tokens committed since it got its row back; None: it has lost none."""
+        return None if self.resumed_at is None else self.known - self.resumed_at
+
+    @property
+    def is_being_forked(self) -> bool:
+        """A sibling's call that relies on this row, and on what is computed in it, is on its way."""
+        return any(sibling.forking is self for sibling in self.request.sequences)
 
     @property
     def priority_key(self) -> tuple[int, int, int]:
@@ -125,8 +142,8 @@ class Request:
         return all(sequence.phase is Phase.ENDED for sequence in self.sequences)
 
 
-def sampling_params(message: api.GenerateRequest, seed: int, suppressed: tuple[int, ...]) -> SamplingParams:
-    """The request's sampling with every default filled in."""
+def sampling_params(message: api.GenerateRequest, record: kv.RequestRecord, stops: tuple[int, ...]) -> SamplingParams:
+    """The request's sampling with every default filled in. stops: token ids that end it."""
     asked = message.sampling
 
     def value(name: str, default: float) -> float:
@@ -137,14 +154,14 @@ def sampling_params(message: api.GenerateRequest, seed: int, suppressed: tuple[i
         top_p=value("top_p", 1.0),
         top_k=int(value("top_k", 0)),
         min_p=value("min_p", 0.0),
-        seed=seed,
+        seed=record.seed,
         repetition_penalty=value("repetition_penalty", 1.0),
         presence_penalty=value("presence_penalty", 0.0),
         frequency_penalty=value("frequency_penalty", 0.0),
         logit_bias=tuple(sorted(asked.logit_bias.items())),
-        suppressed=suppressed if message.stopping.min_tokens else (),
+        suppressed=stops if message.stopping.min_tokens else (),
         min_tokens=message.stopping.min_tokens,
-        logprobs=message.response.logprobs,
+        logprobs=record.logprobs,
     )
 
 
@@ -169,7 +186,7 @@ def load(records: Path, key: str, eos_token_ids: tuple[int, ...], arrival: int) 
     stops = tuple(sorted({*eos, *message.stopping.stop_token_ids}))
     rules = StopRules(frozenset(stops), message.stopping.min_tokens, record.max_tokens)
     request = Request(key, record, message, rules)
-    params = sampling_params(message, record.seed, stops)
+    params = sampling_params(message, record, stops)
     for index, output in enumerate(log.outputs):
         lane = Lane(output.tokens, output.prompt_length, index, params)
         sequence = Sequence(request, index, output, lane, arrival)

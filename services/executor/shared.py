@@ -13,14 +13,17 @@ from kvmanager.layout import (
     LOW32,
     NO_PAGE,
     Header,
+    PageState,
     RowState,
     Tables,
     generation_of,
     index_of,
+    page_of,
     state_of,
     usable_computed,
     words_key,
 )
+from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.statedir import StateDir
 from services.executor.sequence import Request, Sequence
 
@@ -74,20 +77,30 @@ class SharedPool:
         sequence.lane.row = self.tables.row_entry[sequence.row]
 
     def unbind(self, sequence: Sequence) -> None:
+        """It has no row any more; an answer about the one that it had counts for nothing."""
         sequence.row, sequence.row_generation, sequence.capacity = -1, 0, 0
-        sequence.computed, sequence.ask_from, sequence.starved = 0, 0, False
+        sequence.computed, sequence.ask_from, sequence.starved, sequence.asking = 0, 0, False, False
         sequence.lane.row = None
 
     def usable_computed(self, sequence: Sequence) -> int:
         """Never beyond what is known: a full prefix hit can seal no token that does not exist."""
         return min(usable_computed(self.tables, sequence.row, sequence.log.computed), sequence.known)
 
+    def still_holds(self, copy: kv.PageCopy) -> bool:
+        """Whether the page holds what it held when the manager said so."""
+        word = int(self.tables.page_word[copy.page])
+        return generation_of(word) == copy.page_generation and state_of(word) != PageState.FREE
+
+    def page_at(self, sequence: Sequence, position: int) -> int:
+        """The page of the sequence's row that holds this position."""
+        return page_of(int(self.tables.row_entry[sequence.row, position // self.page_size]))
+
     def free_pages(self) -> int:
-        """Pages that no live row holds: what a new request could get, cached ones included."""
+        """Pages that no row names, live or pinned: what a new request could get, cached ones included."""
         tables = self.tables
-        live = tables.row_word & np.uint64(0xFF) == RowState.LIVE
-        used = np.arange(tables.row_entry.shape[1]) < tables.row_length[live, None]
-        held = np.unique(tables.row_entry[live][used] & np.uint64(LOW32))
+        there = tables.row_word & np.uint64(0xFF) != RowState.FREE
+        used = np.arange(tables.row_entry.shape[1]) < tables.row_length[there, None]
+        held = np.unique(tables.row_entry[there][used] & np.uint64(LOW32))
         return self.pages - 1 - len(held[held != NO_PAGE])
 
     def find_rows(self, requests: dict[str, Request]) -> list[Sequence]:

@@ -1,11 +1,13 @@
-"""One client's stream inside the frontend: expected offsets, text, and what waits to be written."""
+"""One client's stream inside the frontend: expected offsets, text, and what waits to be written.
+
+With `best_of` above `n` nothing is written before every output is over: then the best are shown,
+renumbered, as if they had come only now. What is held until then is bounded by the request itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
@@ -13,7 +15,9 @@ import structlog
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.v1 import inference_pb2 as api
-from services.frontend.errors import RequestError, unavailable
+from services.frontend.errors import RequestError, from_failure, unavailable
+from services.frontend.output import Output
+from services.frontend.ranking import best, outputs_asked, outputs_sampled
 from services.frontend.textstream import Decoder, TextStream
 
 log = structlog.get_logger()
@@ -21,32 +25,6 @@ log = structlog.get_logger()
 # A client is slow when one write to it takes this long while tokens pile up behind. A backlog
 # alone is none of its fault: a stream that is resumed gets all its tokens at once.
 SLOW_SECONDS: Final = 2.0
-
-_REASONS = {
-    ex.END_REASON_STOP: api.FINISH_REASON_STOP,
-    ex.END_REASON_LENGTH: api.FINISH_REASON_LENGTH,
-    ex.END_REASON_CANCELLED: api.FINISH_REASON_CANCELLED,
-}
-
-
-@dataclass(slots=True)
-class Output:
-    """One output of the request, as far as this stream has come."""
-
-    index: int
-    text: TextStream
-    wanted_from: int = 0  # the client has what lies below
-    received: int = 0  # tokens taken from the executor: the next offset expected
-    ids: list[int] = field(default_factory=list)  # not yet written; the last of them is at `received` - 1
-    logprobs: list[float] = field(default_factory=list)
-    pending_text: str = ""
-    ended: ex.Ended | None = None
-    finished: bool = False  # `finished` has been handed to the writer
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string ended it; the executor may not know yet."""
-        return self.text.stopped
 
 
 class ClientStream:
@@ -56,7 +34,7 @@ class ClientStream:
         self.stream_id = stream_id
         self.request_id = request_id
         self.message = api.GenerateRequest()
-        self.outputs: list[Output] = []
+        self.outputs: list[Output] = []  # all that are sampled, as the executor counts them
         self.submit: ex.Submit | None = None  # a new request, until it is accepted
         self.deadline: float | None = None  # of a new request, on the monotonic clock
         self.describe = False  # a resumed one, until its record has come
@@ -67,6 +45,7 @@ class ClientStream:
         self.error: RequestError | None = None
         self._decoder = decoder
         self._most_pending = most_pending
+        self._shown: list[Output] = []  # those that the client sees: none while they are held for a ranking
         self._events: list[api.GenerateResponse] = []
         self._wake = asyncio.Event()
         self._writing_since: float | None = time.monotonic()  # None: the handler waits for us
@@ -75,13 +54,28 @@ class ClientStream:
         """The client's message is known: makes the outputs."""
         self.message = message
         stopping = message.stopping
-        for index in range(message.n if message.HasField("n") else 1):
+        for index in range(outputs_sampled(message)):
             text = TextStream(self._decoder, stopping.stop, stopping.min_tokens)
-            self.outputs.append(Output(index, text, self.positions.get(index, 0)))
+            self.outputs.append(Output(index, text))
+        if not self.is_ranked:
+            for output in self.outputs:
+                output.wanted_from = self.positions.get(output.index, 0)
+            self._shown = self.outputs
+        elif any(index >= outputs_asked(message) for index in self.positions):
+            self.fail(from_failure(ex.Failed(failure=ex.FAILURE_OUT_OF_RANGE)))
+
+    @property
+    def is_ranked(self) -> bool:
+        """More outputs are sampled than the client gets; its positions name ranked ones."""
+        return outputs_sampled(self.message) > outputs_asked(self.message)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.message.response.logprobs or self.is_ranked
 
     @property
     def finished(self) -> bool:
-        return bool(self.outputs) and all(output.finished for output in self.outputs)
+        return bool(self._shown) and all(output.finished for output in self._shown)
 
     @property
     def detach_grace(self) -> float:
@@ -123,17 +117,8 @@ class ClientStream:
             log.error("gap", request=self.request_id, output=index, expected=output.received, offset=offset)
             self.fail(unavailable("the stream lost its place; Resume at the number of tokens received"))
             return False
-        for number in range(skip, len(ids)):
-            text = output.text.feed(ids[number])
-            output.received += 1
-            if output.received > output.wanted_from:
-                output.ids.append(ids[number])
-                output.pending_text += text
-                if logprobs:
-                    output.logprobs.append(logprobs[number])
-            if output.stopped:
-                break
-        if len(output.ids) > self._most_pending and self._writes_for() > SLOW_SECONDS:
+        output.feed(ids[skip:], logprobs[skip:])
+        if self._shown and len(output.ids) > self._most_pending and self._writes_for() > SLOW_SECONDS:
             message = "the client reads too slowly; Resume at the number of tokens received"
             self.fail(RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER", message))
         self._wake.set()
@@ -159,8 +144,11 @@ class ClientStream:
                 self._wake.clear()
                 responses = self._events
                 self._events = []
-                for output in self.outputs:
-                    responses.extend(self._take(output))
+                if not self._shown and self.outputs and all(output.over for output in self.outputs):
+                    self._rank()
+                prompt_tokens = self.accepted.prompt_tokens if self.accepted is not None else 0
+                for output in self._shown:
+                    responses.extend(output.take(prompt_tokens))
                 if responses or self.error is not None:
                     return responses
                 await self._wake.wait()
@@ -171,49 +159,17 @@ class ClientStream:
         """Seconds since the handler took what it is writing."""
         return 0.0 if self._writing_since is None else time.monotonic() - self._writing_since
 
-    def _take(self, output: Output) -> Iterator[api.GenerateResponse]:
-        if output.finished:
+    def _rank(self) -> None:
+        """Shows the best outputs. A pure function of the logs: a stream that is resumed ranks alike."""
+        if any(len(output.logprobs) < len(output.ids) for output in self.outputs):
+            log.error("no log-probabilities to rank by", request=self.request_id)
+            self.fail(RequestError(grpc.StatusCode.INTERNAL, "INTERNAL", "the request failed"))
             return
-        ended = output.ended
-        # After a stop string too: usage and the stored end are the executor's.
-        over = ended is not None and (output.stopped or output.received >= ended.length)
-        if over:
-            output.pending_text += self._rest(output)
-        if output.ids or output.pending_text:
-            yield api.GenerateResponse(
-                tokens=api.Tokens(
-                    index=output.index,
-                    offset=output.received - len(output.ids),
-                    token_ids=output.ids,
-                    text=output.pending_text,
-                    logprobs=output.logprobs,
-                )
-            )
-            output.ids, output.logprobs, output.pending_text = [], [], ""
-        if over and ended is not None:
-            output.finished = True
-            yield api.GenerateResponse(finished=self._finished(output, ended))
-
-    @staticmethod
-    def _rest(output: Output) -> str:
-        """The held-back text of an output that is over.
-
-        It belongs to the last token, with which it comes: a client that has the token has the text.
-        An output that was cancelled ends with its last token's own text, for that token may be
-        written long since.
-        """
-        if output.ended is None or output.ended.reason == ex.END_REASON_CANCELLED:
-            return ""
-        rest = output.text.finish()  # may find a stop string
-        return rest if output.received > output.wanted_from else ""
-
-    def _finished(self, output: Output, ended: ex.Ended) -> api.Finished:
-        return api.Finished(
-            index=output.index,
-            reason=api.FINISH_REASON_STOP if output.stopped else _REASONS[ended.reason],
-            usage=api.Usage(
-                prompt_tokens=self.accepted.prompt_tokens if self.accepted is not None else 0,
-                completion_tokens=output.received,
-                cached_tokens=ended.cached_tokens,
-            ),
-        )
+        order = best([output.logprobs for output in self.outputs], outputs_asked(self.message))
+        ranked = [self.outputs[index] for index in order]
+        if any(self.positions.get(index, 0) > output.received for index, output in enumerate(ranked)):
+            self.fail(from_failure(ex.Failed(failure=ex.FAILURE_OUT_OF_RANGE)))
+            return
+        for index, output in enumerate(ranked):
+            output.show_as(index, self.positions.get(index, 0), self.message.response.logprobs)
+        self._shown = ranked

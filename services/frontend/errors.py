@@ -96,6 +96,12 @@ _FAILURES: dict[int, tuple[grpc.StatusCode, str, str, float]] = {
         "the request's deadline ended it",
         0.0,
     ),
+    ex.FAILURE_NO_PREFIX_CACHE: (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "NO_PREFIX_CACHE",
+        "pin_prefix: the prefix cache is off; leave the field out, or start the server with --prefix-cache",
+        0.0,
+    ),
 }
 
 

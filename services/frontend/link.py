@@ -242,7 +242,7 @@ class ExecutorLink:
                 await asyncio.sleep(0)
                 fed = 0
             fed += count
-            logprobs = run.logprobs[first:taken] if stream.message.response.logprobs else []
+            logprobs = run.logprobs[first:taken] if stream.wants_logprobs else []
             if stream.tokens(index, offset, list(run.token_ids[first:taken]), list(logprobs)):
                 self._send_stop(stream, index)
             if stream.error is not None:

@@ -13,12 +13,14 @@ import grpc
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.v1 import inference_pb2 as api
 from services.frontend.errors import RequestError, invalid
+from services.frontend.ranking import outputs_asked
 from services.frontend.tokenizer import ModelTokenizer
 
 MOST_OUTPUTS: Final = 64
 MOST_STOPS: Final = 16
 LONGEST_STOP: Final = 512  # characters
 LONGEST_ID: Final = 256  # bytes
+LONGEST_PIN: Final = 128  # bytes
 MOST_STOP_TOKENS: Final = 1024
 MOST_BIASES: Final = 4096
 # With these no logit leaves the range of a float, whatever a request combines.
@@ -48,6 +50,10 @@ def check_request(request: api.GenerateRequest, model: ServedModel) -> None:
         raise invalid("cache_salt", f"longer than {LONGEST_ID} bytes")
     if request.HasField("n") and not 1 <= request.n <= MOST_OUTPUTS:
         raise invalid("n", f"must be 1 to {MOST_OUTPUTS}")
+    if request.HasField("best_of") and not outputs_asked(request) <= request.best_of <= MOST_OUTPUTS:
+        least = outputs_asked(request)
+        raise invalid("best_of", f"must be {least} (n) to {MOST_OUTPUTS}: the best n of so many outputs are returned")
+    _check_name("pin_prefix", request.pin_prefix, LONGEST_PIN)
     _check_sampling(request.sampling, model.described.vocab_size)
     _check_stopping(request.stopping, model.described.vocab_size)
     grace = request.response.detach_grace
@@ -68,10 +74,14 @@ def check_model(name: str, model: ServedModel) -> None:
 def check_id(request_id: str, required: bool = False) -> None:
     if required and not request_id:
         raise invalid("request_id", "is empty")
-    if len(request_id.encode()) > LONGEST_ID:
-        raise invalid("request_id", f"longer than {LONGEST_ID} bytes")
-    if any(ord(character) < 32 or ord(character) == 127 for character in request_id):
-        raise invalid("request_id", "holds control characters")
+    _check_name("request_id", request_id, LONGEST_ID)
+
+
+def _check_name(field: str, name: str, longest: int) -> None:
+    if len(name.encode()) > longest:
+        raise invalid(field, f"longer than {longest} bytes")
+    if any(ord(character) < 32 or ord(character) == 127 for character in name):
+        raise invalid(field, "holds control characters")
 
 
 def check_resume(request: api.ResumeRequest) -> None:
@@ -184,8 +194,11 @@ def check_prompt(request: api.GenerateRequest, prompt: list[int], model: ServedM
     room = model.described.max_model_len - len(prompt)
     if room < 1:
         raise _too_long(which, model, len(prompt))
-    stopping = request.stopping
     described = model.described
+    if request.pin_prefix and len(prompt) < described.page_size:
+        message = f"reserves whole pages of {described.page_size} tokens; the prompt has {len(prompt)} tokens"
+        raise invalid("pin_prefix", message)
+    stopping = request.stopping
     pool_room = described.pages * described.page_size - len(prompt) + 1
     wanted = stopping.max_tokens if stopping.HasField("max_tokens") else max(pool_room, stopping.min_tokens, 1)
     max_tokens = min(wanted, room)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from kvmanager.vacant import discard
 from pagehold.runtime import logs
 from pagehold.runtime.settings import ComponentSettings, KvManagerSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
 from services.supervisor.child import EXIT_CONFIG, Child
 from services.supervisor.flags import flags_of
 from services.supervisor.supervisor import Supervisor
-from services.supervisor.up import discard, stop_seconds
+from services.supervisor.up import stop_seconds
 
 
 def main(component: str, settings: ComponentSettings) -> int:

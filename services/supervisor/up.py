@@ -6,9 +6,9 @@ import asyncio
 import sys
 from typing import Final
 
-from kvmanager import pool as pools
+from kvmanager.vacant import discard
 from pagehold.runtime import logs
-from pagehold.runtime.lock import FileLock, LockBusy
+from pagehold.runtime.lock import LOOK_SECONDS, FileLock, LockBusy
 from pagehold.runtime.settings import (
     ComponentSettings,
     ExecutorSettings,
@@ -39,23 +39,9 @@ def stop_seconds(settings: ComponentSettings) -> dict[str, float]:
     return seconds
 
 
-def discard(state: StateDir) -> None:
-    """Drops pool, tables and records. Raises StateDirError when a manager or an executor still uses them."""
-    locks = FileLock(state.manager_lock), FileLock(state.executor_lock)
-    try:
-        for lock in locks:
-            _acquire(lock, f"a component still uses {state.root}; stop it before --discard")
-        pools.discard(state)
-    finally:
-        for lock in locks:
-            lock.release()
-
-
-def _acquire(lock: FileLock, refusal: str) -> None:
-    try:
-        lock.acquire()
-    except LockBusy:
-        raise StateDirError(refusal) from None
+def _refuse(message: str) -> int:
+    print(f"pagehold up: {message}", file=sys.stderr)
+    return EXIT_CONFIG
 
 
 def main(settings: UpSettings) -> int:
@@ -64,12 +50,13 @@ def main(settings: UpSettings) -> int:
     try:
         state = StateDir.prepare(settings.state_dir)
         lock = FileLock(state.supervisor_lock)
-        _acquire(lock, f"another `pagehold up` runs on {state.root}; stop it or choose another --state-dir")
+        lock.acquire(patience=LOOK_SECONDS)
         if settings.discard:
             discard(state)
+    except LockBusy:
+        return _refuse(f"another `pagehold up` runs on {state.root}; stop it or choose another --state-dir")
     except StateDirError as error:
-        print(f"pagehold up: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+        return _refuse(str(error))
     children = [Child(name, flags_of(settings, kind), state) for name, kind in COMPONENTS.items()]
     ready = f"ready at {settings.listen}"
     code = asyncio.run(Supervisor(children, stop_seconds(settings), ready).run())

@@ -22,6 +22,12 @@ def test_options_go_to_their_messages() -> None:
     assert request.response.detach_grace.seconds == 30
 
 
+def test_every_field_of_a_request_is_an_option() -> None:
+    request = make_request("text", n=2, best_of=4, priority=-3, pin_prefix="system", cache_salt="s", request_id="r")
+    assert (request.n, request.best_of, request.priority) == (2, 4, -3)
+    assert (request.pin_prefix, request.cache_salt, request.request_id) == ("system", "s", "r")
+
+
 def test_prompts_of_each_kind() -> None:
     assert make_request("text").text == "text"
     assert list(make_request([1, 2]).token_ids.ids) == [1, 2]

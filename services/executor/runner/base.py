@@ -82,6 +82,10 @@ class Runner(ABC):
         """Sets `lane.device`; again whenever `lane.row` has changed."""
 
     @abstractmethod
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        """Copies K and V of the first `count` tokens of page `source`, all layers, into page `target`."""
+
+    @abstractmethod
     def step(self, chunks: list[Chunk]) -> StepResult:
         """Computes all chunks. Every page they touch is in their rows."""
 

@@ -46,11 +46,15 @@ class CpuRunner(Runner):
         )
         tensors = {name: model.view(name) for name in model.tensors}
         self._native = NativeModel(shape, tensors, spec.inverse_frequencies(), dtype, kv_dtype, threads, isa)
-        self._pool: np.ndarray | None = None
+        self._spec = spec
+        self._element = np.dtype(np.uint32 if kv_dtype == "float32" else np.uint16)  # of the pages, as bits
+        self._pool: np.ndarray | None = None  # [pages, layers * 2 * kv_heads, page_size, head_dim]
         self.isa = self._native.isa
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
-        self._pool = np.frombuffer(pool, np.uint8)
+        spec = self._spec
+        shape = (pages, spec.layers * 2 * spec.kv_heads, page_size, spec.head_dim)
+        self._pool = np.frombuffer(pool, self._element, int(np.prod(shape))).reshape(shape)
         self._native.map_pool(self._pool.ctypes.data, pages, page_size)
 
     def prepare(self, lane: Lane) -> None:
@@ -76,6 +80,10 @@ class CpuRunner(Runner):
             )
         )
         lane.device = _Prepared(lane.tokens.ctypes.data, lane.row.ctypes.data, sampling)
+
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        assert self._pool is not None, "map_pool() comes before the first copy"
+        self._pool[target, :, :count] = self._pool[source, :, :count]
 
     def step(self, chunks: list[Chunk]) -> StepResult:
         tokens, logprobs = np.zeros(len(chunks), np.uint32), np.zeros(len(chunks), np.float32)

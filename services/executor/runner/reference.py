@@ -44,6 +44,9 @@ class ReferenceRunner(Runner):
     def prepare(self, lane: Lane) -> None:
         """Rows are read afresh in each step: nothing to do."""
 
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        self._pool[target, ..., :count, :] = self._pool[source, ..., :count, :]
+
     def step(self, chunks: list[Chunk]) -> StepResult:
         tokens = np.zeros(len(chunks), np.uint32)
         logprobs = np.zeros(len(chunks), np.float32)

@@ -29,7 +29,7 @@ def test_overview_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_every_flag_is_explained(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, name, "--help") == 0
+    assert run(monkeypatch, *name.split(), "--help") == 0
     assert "usage: pagehold" in capsys.readouterr().out
     for field in cli.COMMANDS[name].settings.model_fields.values():
         assert field.description
@@ -43,6 +43,8 @@ def test_every_flag_is_explained(
         (["up", "--page-size", "7"], "--page-size: input should be greater than or equal to 8"),
         (["up", "--colour"], "--colour"),
         (["generate"], "PROMPT"),
+        (["prefix", "unpin"], "NAME"),
+        (["fsck", "--repare"], "--repare"),
     ],
 )
 def test_wrong_usage_is_one_clear_line(
@@ -52,6 +54,14 @@ def test_wrong_usage_is_one_clear_line(
     shown = capsys.readouterr().err
     assert said in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["drop"], 2), (["--help"], 0)])
+def test_prefix_needs_something_to_do(
+    words: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "prefix", *words) == code
+    assert "usage: pagehold prefix {list,pin,unpin}" in capsys.readouterr().out
 
 
 def test_status_answers_where_nothing_runs(

@@ -40,12 +40,22 @@ class CheckingRunner(Runner):
         self.steps = 0
         self.computed_positions = 0
         self.largest_batch = 0
+        self.copied_slots = 0
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         self.page_size = page_size
 
     def prepare(self, lane: Lane) -> None:
         assert lane.row is not None
+
+    def copy_slots(self, source: int, target: int, count: int) -> None:
+        assert source != target and 0 < count <= self.page_size
+        self.copied_slots += count
+        for slot in range(count):
+            # What is not there is not copied: the step that would read it finds the hole.
+            self.slots.pop((target, slot), None)
+            if (source, slot) in self.slots:
+                self.slots[target, slot] = self.slots[source, slot]
 
     def step(self, chunks: list[Chunk]) -> StepResult:
         self.steps += 1

@@ -1,7 +1,7 @@
 """An executor that dies at every hit of every failpoint of a short life: the next one goes on as if nothing was.
 
-The scene has all there is to lose: prompts in chunks, a full prefix hit, outputs that share a prompt, a pool so
-small that rows are taken away, an end by a stop token, an end by length.
+The scene has all there is to lose: prompts in chunks, a full prefix hit, outputs that share a prompt and copy its
+last page, a pool so small that rows are taken away, an end by a stop token, an end by length.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ OUTPUTS = {
     (2, 0): expected(LONG, 64, index=0),
     (2, 1): expected(LONG, 64, index=1),
     (3, 0): expected(prompt_of(3, 20), 70),
+    **{(4, index): expected(prompt_of(4, 21), 20, index=index) for index in range(4)},
 }
 
 
@@ -38,7 +39,7 @@ class Scene:
 
     def connect(self) -> Frontend:
         frontend = self.world.connect()
-        for stream in (1, 2, 3):
+        for stream in (1, 2, 3, 4):
             if stream in self.accepted:
                 attach = ex.Attach(stream_id=stream, tenant="default", request_id=f"r{stream}")
                 for (number, index), tokens in self.heard.items():
@@ -54,6 +55,8 @@ class Scene:
             self.world.submit(frontend, 1, LONG, 80)
         elif stream == 2:
             self.world.submit(frontend, 2, LONG, 64, n=2)
+        elif stream == 4:
+            self.world.submit(frontend, 4, prompt_of(4, 21), 20, n=4, priority=1)
         else:
             self.world.submit(frontend, 3, prompt_of(3, 20), 80, stopping={"stop_token_ids": [STOPPED]})
 
@@ -101,6 +104,7 @@ def test_the_scene_has_all_there_is_to_lose(tmp_path: Path) -> None:
     scene.check()
     assert scene.world.page_calls.preemptions > 0
     assert scene.frontend.stream(2).ended[0].cached_tokens == 48
+    assert scene.world.runner.copied_slots >= 3 * 5
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,8 @@ def test_the_scene_has_all_there_is_to_lose(tmp_path: Path) -> None:
         ("executor.ensure.before", 1),
         ("executor.ensure.after", 1),
         ("executor.accept.before", 1),
+        ("executor.copy.before", 1),
+        ("executor.copy.after", 1),
         ("executor.run.before", 5),
         ("executor.run.after", 5),
         ("executor.commit.before", 7),

@@ -9,12 +9,12 @@ import pytest
 from kvmanager.layout import request_key
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
-from services.executor import pages as pages_module
+from services.executor import admission
 from services.executor.scheduler import Scheduler
 from services.executor.sequence import Phase, Sequence
 from tests.unit.executor.checking_runner import expected
 from tests.unit.executor.test_engine import prompt_of
-from tests.unit.executor.world import Frontend, World
+from tests.unit.executor.world import Clock, Frontend, World
 
 PAGE_SIZE = 16
 
@@ -76,22 +76,15 @@ def test_those_behind_a_large_one_go_on_when_it_is_cancelled(root: Path) -> None
     assert sequence_of(world, 3).phase is Phase.RUNNING and not frontend.stream(1).ended
 
 
-def test_pages_that_nobody_here_holds_are_waited_for_without_haste(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self) -> float:
-            return self.now
-
+def test_pages_that_nobody_here_holds_are_waited_for_without_haste(root: Path) -> None:
     clock = Clock()
-    monkeypatch.setattr("services.executor.engine.time", clock)
-    world = World(root, pages=20)
+    world = World(root, pages=20, clock=clock)
     frontend, core = world.connect(), world.manager.core
     assert core is not None
     # A row that this executor knows nothing of.
     record = kv.RequestRecord(tenant="x", request_id="x", prompt=range(200), digest=b"d", outputs=1, max_tokens=9)
     key = world.manager.call(kv.Call(open=kv.OpenRequest(record=record))).open.key
-    row = core.ensure(key, 0, 0, 200, 0, 0)
+    row = core.ensure(key, 0, 200, 0, 0)
     asked: list[kv.Call] = []
     real = world._send
 
@@ -224,7 +217,9 @@ def test_steps_go_on_while_the_manager_is_away_and_rows_have_room(root: Path) ->
     went_on = len(tokens_of(frontend, 1)) - before
     assert PAGE_SIZE <= went_on <= 3 * PAGE_SIZE + 1
     # Each row is asked for once, however long it takes.
-    assert [call.WhichOneof("call") for call in world.unanswered] == ["ensure", "ensure"]
+    assert {call.WhichOneof("call") for call in world.unanswered} == {"ensure_rows"}
+    asked = [row for call in world.unanswered for row in call.ensure_rows.rows]
+    assert sorted(asked) == sorted(sequence_of(world, number).row for number in (1, 2))
     world.answer()
     world.run()
     for number in (1, 2):
@@ -281,7 +276,7 @@ def test_a_refusal_for_good_ends_the_request_honestly(root: Path) -> None:
 
 def test_a_crowd_that_waits_for_one_prefix_is_looked_at_in_part(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are held for the first to fill the pages; without a bound a turn looks at everybody for everybody."""
-    monkeypatch.setattr(pages_module, "_MOST_HELD", 20)
+    monkeypatch.setattr(admission, "_MOST_HELD", 20)
     looks: list[int] = []
     real = Scheduler.shares_unfilled_page
 
@@ -303,3 +298,81 @@ def test_a_crowd_that_waits_for_one_prefix_is_looked_at_in_part(root: Path, monk
     for number in range(1, 101):
         assert tokens_of(frontend, number) == expected(prompt_of(1, 200), 2)
     assert world.runner.computed_positions < 200 + 100 * (200 % PAGE_SIZE + 2)
+
+
+def grow_calls(world: World) -> list[kv.EnsureRowsRequest]:
+    """Every `ensure_rows` that is sent from now on, a list that grows."""
+    found: list[kv.EnsureRowsRequest] = []
+    real = world.engine._send
+
+    def keep(calls: list[kv.Call]) -> None:
+        asked = [call.ensure_rows for call in calls if call.HasField("ensure_rows")]
+        assert len(asked) <= 1, "one call a turn, however many rows"
+        found.extend(asked)
+        real(calls)
+
+    world.engine._send = keep
+    return found
+
+
+def test_rows_grow_in_one_call_a_turn_in_order(root: Path) -> None:
+    world = World(root, pages=400)
+    frontend = world.connect()
+    for number in range(1, 9):
+        world.submit(frontend, number, prompt_of(number, 20), 200, priority=number % 2)
+    while len(world.engine.scheduler.running) < 8:
+        world.turn()
+    asked = grow_calls(world)
+    world.run()
+    assert max(len(call.rows) for call in asked) > 1
+    for call in asked:
+        # Generations count up in the order of admission: the higher priority first, then by arrival.
+        assert list(call.row_generations) == sorted(set(call.row_generations))
+    for number in range(1, 9):
+        assert tokens_of(frontend, number) == expected(prompt_of(number, 20), 200)
+
+
+def test_an_answer_about_a_row_that_was_given_up_meanwhile_is_dropped(root: Path) -> None:
+    """The row number is another sequence's by then, or the same one's again: the generation tells them apart."""
+    world = World(root)
+    frontend = world.connect()
+    world.submit(frontend, 1, prompt_of(1, 20), 200)
+    while not tokens_of(frontend, 1):
+        world.turn()
+    sequence = sequence_of(world, 1)
+    world.away = True
+    while not sequence.asking:
+        world.turn()
+    stale = next(call for call in world.unanswered if call.HasField("ensure_rows"))
+    row, generation = sequence.row, sequence.row_generation
+    world.requests.call(world.page_calls.preempt(sequence))
+    world.answer()
+    while sequence.phase is not Phase.RUNNING:
+        world.turn()
+    assert sequence.row == row and sequence.row_generation > generation
+    capacity = sequence.capacity
+    reply = kv.Reply(ensure_rows=kv.EnsureRowsResponse(capacities=[1008]))
+    world.page_calls.grown(stale.ensure_rows, reply)
+    assert sequence.capacity == capacity
+    world.run()
+    assert tokens_of(frontend, 1) == expected(prompt_of(1, 20), 200)
+
+
+def test_a_refused_growth_ends_the_requests_that_it_was_for(root: Path) -> None:
+    world = World(root)
+    frontend = world.connect()
+    for number in (1, 2):
+        world.submit(frontend, number, prompt_of(number, 20), 200)
+    while not tokens_of(frontend, 2):
+        world.turn()
+    asked = grow_calls(world)
+    world.away = True
+    while not asked:
+        world.turn()
+    reply = kv.Reply(error=kv.Error(reason=kv.ERROR_REASON_INVALID, message="no"))
+    for call in asked:
+        world.page_calls.grown(call, reply)
+    world.answer()
+    world.run()
+    assert frontend.stream(1).failures == frontend.stream(2).failures == [ex.FAILURE_NOT_FOUND]
+    assert world.manager.core is not None and not world.manager.core.live_rows

@@ -9,12 +9,11 @@ import pytest
 
 from kvmanager.layout import Reason, RequestLog, request_key
 from pagehold.executor.v1 import executor_pb2 as ex
-from services.executor import requests as requests_module
 from services.executor.requests import LOST_FRONTEND_GRACE
 from services.executor.sequence import Sequence
 from tests.unit.executor.checking_runner import expected
 from tests.unit.executor.test_engine import prompt_of
-from tests.unit.executor.world import Frontend, World
+from tests.unit.executor.world import Clock, Frontend, World
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def terminal(world: World, name: str = "r1") -> tuple[Reason, int]:
 def until_dropped(world: World) -> None:
     """Whatever has ended and was read leaves the memory: it is looked for every few milliseconds."""
     deadline = time.monotonic() + 3
-    while world.requests._live or len(world.requests._opening):
+    while world.requests.live or len(world.requests.openings):
         assert time.monotonic() < deadline, "still in memory"
         world.turn()
 
@@ -283,25 +282,14 @@ def test_progress_that_no_row_stands_behind_is_taken_back(world: World) -> None:
 # --- time ---
 
 
-class Time:
-    """`time`, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def monotonic_ns(self) -> int:
-        return int(self.now * 1e9)
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
-    clock = Time()
-    monkeypatch.setattr(requests_module, "time", clock)
-    monkeypatch.setattr("services.executor.engine.time", clock)
-    return clock
+def timed(tmp_path: Path, clock: Clock) -> World:
+    return World(tmp_path / "timed", clock=clock)
 
 
 def submit_with_deadline(world: World, frontend: Frontend, timeout_ms: int) -> None:
@@ -309,51 +297,97 @@ def submit_with_deadline(world: World, frontend: Frontend, timeout_ms: int) -> N
     world.inbox._events[-1].message.submit.timeout_ms = timeout_ms  # type: ignore[union-attr]
 
 
-def test_a_deadline_ends_a_request(world: World, clock: Time) -> None:
-    frontend = world.connect()
-    submit_with_deadline(world, frontend, 5000)
+def test_a_deadline_ends_a_request(timed: World, clock: Clock) -> None:
+    frontend = timed.connect()
+    submit_with_deadline(timed, frontend, 5000)
     for _ in range(20):
-        world.turn()
+        timed.turn()
     clock.now += 4.9
-    world.turn()
+    timed.turn()
     assert not frontend.stream(1).failures
     clock.now += 0.2
-    world.run()
+    timed.run()
     assert frontend.stream(1).failures == [ex.FAILURE_DEADLINE]
-    assert terminal(world)[0] is Reason.CANCELLED
+    assert terminal(timed)[0] is Reason.CANCELLED
 
 
-def test_a_deadline_outlives_executor_and_manager(world: World, clock: Time) -> None:
-    frontend = world.connect()
-    submit_with_deadline(world, frontend, 5000)
+def test_a_deadline_outlives_executor_and_manager(timed: World, clock: Clock) -> None:
+    frontend = timed.connect()
+    submit_with_deadline(timed, frontend, 5000)
     for _ in range(20):
-        world.turn()
+        timed.turn()
     clock.now += 4
-    world.manager = world._new_manager()
-    world.start_executor()
-    world.turn()
-    assert not sequence_of(world).log.ended
+    timed.manager = timed._new_manager()
+    timed.start_executor()
+    timed.turn()
+    assert not sequence_of(timed).log.ended
     clock.now += 1.1
-    world.run()
-    assert terminal(world)[0] is Reason.CANCELLED
+    timed.run()
+    assert terminal(timed)[0] is Reason.CANCELLED
 
 
-def test_what_nobody_claims_after_a_restart_goes_when_its_grace_is_over(world: World, clock: Time) -> None:
-    frontend = world.connect()
-    world.submit(frontend, 1, prompt_of(1, 20), 900)
-    world.submit(frontend, 2, prompt_of(2, 20), 900, response={"detach_grace": {"seconds": 100}})
+def test_what_nobody_claims_after_a_restart_goes_when_its_grace_is_over(timed: World, clock: Clock) -> None:
+    frontend = timed.connect()
+    timed.submit(frontend, 1, prompt_of(1, 20), 900)
+    timed.submit(frontend, 2, prompt_of(2, 20), 900, response={"detach_grace": {"seconds": 100}})
     for _ in range(10):
-        world.turn()
+        timed.turn()
     clock.now += 1000
-    world.start_executor()
-    world.turn()
+    timed.start_executor()
+    timed.turn()
     clock.now += LOST_FRONTEND_GRACE - 1
-    world.turn()
-    assert len(world.requests._live) == 2
+    timed.turn()
+    assert len(timed.requests.live) == 2
     clock.now += 2
-    world.turn()
-    assert terminal(world)[0] is Reason.CANCELLED
-    assert not sequence_of(world, "r2").log.ended
+    timed.turn()
+    assert terminal(timed)[0] is Reason.CANCELLED
+    assert not sequence_of(timed, "r2").log.ended
     clock.now += 70
-    world.turn()
-    assert terminal(world, "r2")[0] is Reason.CANCELLED
+    timed.turn()
+    assert terminal(timed, "r2")[0] is Reason.CANCELLED
+
+
+# --- the best of several, and reserved prefixes ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "outputs", "logprobs"),
+    [
+        ({}, 1, False),
+        ({"n": 2}, 2, False),
+        ({"n": 2, "best_of": 2}, 2, False),
+        ({"n": 2, "best_of": 5}, 5, True),
+        ({"best_of": 3}, 3, True),
+        ({"n": 2, "response": {"logprobs": True}}, 2, True),
+    ],
+)
+def test_what_is_sampled_for_the_best_of_several(
+    world: World, fields: dict[str, object], outputs: int, logprobs: bool
+) -> None:
+    frontend = world.connect()
+    world.submit(frontend, 1, prompt_of(1, 20), 10, **fields)
+    while not frontend.stream(1).accepted:
+        world.turn()
+    request = world.requests.live[request_key("default", "r1")]
+    assert len(request.sequences) == request.record.outputs == outputs
+    assert all((sequence.log.logprobs is not None) == logprobs for sequence in request.sequences)
+    assert all(sequence.lane.sampling.logprobs == logprobs for sequence in request.sequences)
+    world.run()
+    for index in range(outputs):
+        assert frontend.stream(1).tokens[index] == expected(prompt_of(1, 20), 10, index=index)
+
+
+def test_a_prefix_is_reserved_only_where_prefixes_are_cached(world: World) -> None:
+    frontend = world.connect()
+    world.submit(frontend, 1, prompt_of(1, 40), 10, pin_prefix="system")
+    world.run()
+    assert frontend.stream(1).failures == []
+    assert world.manager.core is not None and len(world.manager.core.pins.pages) == 2
+    world.prefix_cache = False
+    world.start_executor()
+    frontend = world.connect()
+    world.submit(frontend, 2, prompt_of(1, 40), 10, pin_prefix="system")
+    world.submit(frontend, 3, prompt_of(1, 40), 10)
+    world.run()
+    assert frontend.stream(2).failures == [ex.FAILURE_NO_PREFIX_CACHE]
+    assert frontend.stream(3).tokens[0] == expected(prompt_of(1, 40), 10)

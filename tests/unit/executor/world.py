@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from pagehold.runtime.progress import Progress
 from pagehold.runtime.statedir import StateDir
 from pagehold.v1 import inference_pb2 as api
 from services.executor.engine import Engine
+from services.executor.frontends import Frontends
 from services.executor.inbox import Attached, Connected, Disconnected, FromFrontend, Inbox, Replied
 from services.executor.pages import Pages
 from services.executor.publisher import Connection
@@ -72,15 +75,35 @@ class Frontend(Connection):
         return self.heard.setdefault(stream_id, Stream())
 
 
+@dataclass
+class Clock:
+    """CLOCK_MONOTONIC, moved by hand."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class World:
     """One state folder; `start_executor` again is what a kill and a restart leave."""
 
-    def __init__(self, root: Path, pages: int = 200, **limits: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        pages: int = 200,
+        clock: Callable[[], float] = time.monotonic,
+        record_ttl: float = 600.0,
+        **limits: int,
+    ) -> None:
         self.state = StateDir.prepare(root)
+        self.clock = clock
+        self.record_ttl = record_ttl
         self.pages = pages
         self.limits = {"max_num_seqs": 32, "max_batch_tokens": 64, "park_after": 256} | limits
         self.manager = self._new_manager()
         self.prefix_cache = True
+        self.fork = True
         self.executors = 0
         self.lose_replies = False
         self.away = False  # the manager answers nothing; calls pile up
@@ -88,7 +111,7 @@ class World:
         self.start_executor()
 
     def _new_manager(self) -> Manager:
-        return Manager(self.state, quota=1 << 24, ttl=600, hit=lambda name: None)
+        return Manager(self.state, quota=1 << 24, ttl=self.record_ttl, hit=lambda name: None, clock=self.clock)
 
     def restart_manager(self) -> None:
         """The old one's memory is gone; calls without an answer are repeated."""
@@ -110,10 +133,20 @@ class World:
         self.runner.slots = slots
         scheduler = Scheduler(PAGE_SIZE, **self.limits)
         self.pool = SharedPool(self.state)
-        self.requests = Requests(scheduler, self.pool, self.runner, self.state.records, (EOS,))
-        self.page_calls = Pages(scheduler, self.requests, self.runner, self.pool, self.prefix_cache)
-        progress = Progress(self.state.progress("executor"))
-        self.engine = Engine(self.runner, scheduler, self.requests, self.page_calls, self.inbox, self._send, progress)
+        self.requests = Requests(scheduler, self.pool, self.runner, self.state.records, (EOS,), self.clock)
+        self.frontends = Frontends(self.requests, self.pool, self.prefix_cache, self.clock)
+        self.page_calls = Pages(scheduler, self.requests, self.runner, self.pool, self.prefix_cache, self.fork)
+        self.engine = Engine(
+            self.runner,
+            scheduler,
+            self.requests,
+            self.frontends,
+            self.page_calls,
+            self.inbox,
+            self._send,
+            Progress(self.state.progress("executor")),
+            self.clock,
+        )
         self._attach()
 
     def _attach(self) -> None:

@@ -161,5 +161,11 @@ def test_every_refusal_of_the_executor_has_a_status(failure: ex.Failure) -> None
     assert from_failure(ex.Failed(failure=failure, detail="because")).message == "because"
 
 
+def test_a_prefix_cannot_be_reserved_where_none_is_cached() -> None:
+    error = from_failure(ex.Failed(failure=ex.FAILURE_NO_PREFIX_CACHE))
+    assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "the prefix cache is off" in error.message
+
+
 def test_an_error_is_an_exception_with_its_message() -> None:
     assert str(RequestError(grpc.StatusCode.ABORTED, "WHY", "the message")) == "the message"

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvmanager.core import Granted, ManagerCore, Source
+from kvmanager.core import Granted, ManagerCore
 from kvmanager.layout import OutputLog, RequestLog, Tables, request_key
+from kvmanager.pins import Pin
 from kvmanager.prefix import root_hash
+from kvmanager.source import Source
 
 PAGE_SIZE = 4
 
@@ -30,23 +32,45 @@ class Bench:
         self.core = ManagerCore(self.tables, self.sources.get, back=self.back)
         return self.core
 
-    def open(self, name: str, prompt: list[int], max_tokens: int = 40, outputs: int = 1, salt: str = "") -> str:
+    def open(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int = 40,
+        outputs: int = 1,
+        salt: str = "",
+        pin: str = "",
+    ) -> str:
         key = request_key("tenant", name)
         capacity = len(prompt) + max_tokens
         buffer = bytearray(RequestLog.nbytes(outputs, capacity, False))
         log = RequestLog.create(buffer, outputs, capacity, np.array(prompt, np.uint32), False)
-        self.sources[key] = Source(log.outputs, root_hash("model", "tenant", salt))
+        reserved = Pin("tenant", pin) if pin else None
+        self.sources[key] = Source(log.outputs, root_hash("model", "tenant", salt), reserved)
         return key
 
     def output(self, key: str, index: int = 0) -> OutputLog:
         return self.sources[key].outputs[index]
 
-    def ensure(
-        self, key: str, capacity: int, generation: int = 0, headroom: int = 0, keep_free: int = 0, index: int = 0
-    ) -> Granted:
-        granted = self.core.ensure(key, index, generation, capacity, headroom, keep_free)
+    def ensure(self, key: str, capacity: int, headroom: int = 0, keep_free: int = 0, index: int = 0) -> Granted:
+        granted = self.core.ensure(key, index, capacity, headroom, keep_free)
         assert self.core.check_integrity() == []
         return granted
+
+    def fork(self, key: str, index: int, parent: Granted, length: int, capacity: int, headroom: int = 0) -> Granted:
+        """From output 0."""
+        granted = self.core.fork(key, index, 0, parent.generation, length, capacity, headroom, 0)
+        assert self.core.check_integrity() == []
+        return granted
+
+    def grow(self, wants: list[tuple[Granted, int]], headroom: int = 0) -> list[int]:
+        """wants: rows and the tokens that each is to hold. Returns what each holds then."""
+        rows = np.array([granted.row for granted, _ in wants], np.int64)
+        generations = np.array([granted.generation for granted, _ in wants], np.uint64)
+        capacities = np.array([capacity for _, capacity in wants], np.int64)
+        found = self.core.ensure_rows(rows, generations, capacities, np.full(len(wants), headroom))
+        assert self.core.check_integrity() == []
+        return [int(capacity) for capacity in found]
 
     def close(self, key: str, generation: int, index: int = 0) -> None:
         self.core.close(key, index, generation)

@@ -68,11 +68,11 @@ def attached(state: StateDir, executor_id: bytes = b"1" * 16, clock: Clock | Non
     return manager
 
 
-def record(name: str, prompt: int = 40, **fields: object) -> kv.RequestRecord:
+def record(name: str, prompt: int = 40, pin: str = "", **fields: object) -> kv.RequestRecord:
     wanted: dict[str, object] = {
         "tenant": "default",
         "request_id": name,
-        "request": api.GenerateRequest(request_id=name).SerializeToString(),
+        "request": api.GenerateRequest(request_id=name, pin_prefix=pin).SerializeToString(),
         "prompt": range(100, 100 + prompt),
         "digest": b"d",
         "outputs": 1,
@@ -89,8 +89,8 @@ def open_call(name: str, **fields: object) -> kv.Call:
     return kv.Call(open=kv.OpenRequest(record=record(name, **fields)))  # type: ignore[arg-type]
 
 
-def ensure_call(name: str, capacity: int, generation: int = 0, index: int = 0) -> kv.Call:
-    return kv.Call(ensure=kv.EnsureRequest(key=key_of(name), index=index, row_generation=generation, capacity=capacity))
+def ensure_call(name: str, capacity: int, index: int = 0) -> kv.Call:
+    return kv.Call(ensure=kv.EnsureRequest(key=key_of(name), index=index, capacity=capacity))
 
 
 def close_call(name: str, generation: int) -> kv.Call:

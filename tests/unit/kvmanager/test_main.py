@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 
 from kvmanager.layout import HEADER_WORDS, Header
+from kvmanager.pool import examine
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime.progress import State, read_progress
 from pagehold.runtime.statedir import StateDir
-from tests.unit.kvmanager.files import attach_request, key_of, open_call, take_lock
+from tests.unit.kvmanager.files import attach_request, ensure_call, key_of, open_call, take_lock
 
 pytestmark = pytest.mark.stack
 
@@ -123,6 +125,30 @@ def test_discard_only_when_nobody_lives(state: StateDir, daemon: Daemon) -> None
     finally:
         second.process.kill()
         second.wait()
+
+
+def test_discard_is_not_for_a_folder_with_a_manager(state: StateDir, daemon: Daemon) -> None:
+    take_lock(state, b"1" * 16).release()
+    daemon.calls(open_call("a"))
+    code, said = Daemon(state, "--discard").wait()
+    assert code == 78 and "a kvmanager still uses" in said and "stop it before --discard" in said
+    assert daemon.ready().records == 1
+
+
+def test_idle_it_finds_words_that_changed_by_themselves(state: StateDir, daemon: Daemon) -> None:
+    take_lock(state, b"1" * 16).release()
+    reply = daemon.calls(open_call("a"), ensure_call("a", 40))[-1]
+    pool = examine(state, writable=True)
+    assert pool is not None
+    pool.tables.row_entry[reply.ensure.row, 0] += 1 << 32
+    deadline = time.monotonic() + 30
+    while not daemon.ready().integrity_findings:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    view = read_progress(state.progress("kvmanager"))
+    assert view is not None and view.findings == daemon.ready().integrity_findings == 1
+    daemon.process.terminate()
+    assert "run pagehold fsck" in daemon.wait()[1]
 
 
 def test_what_cannot_be_read_is_said_in_one_line(state: StateDir) -> None:

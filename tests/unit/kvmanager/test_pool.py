@@ -135,7 +135,7 @@ def test_half_made_files_are_removed(state: StateDir) -> None:
     [
         (Header.MAGIC, 5, "not a Pagehold header"),
         (Header.READY, 0, "not a Pagehold header"),
-        (Header.LAYOUT, 99, "has layout version 99, this is 1"),
+        (Header.LAYOUT, 99, "has layout version 99, this is 2"),
         (Header.BOOT_ID, 1, "before the last boot"),
         (Header.PAGES, 21, "wrong length"),
         (Header.PAGES, 1 << 60, "wrong length"),

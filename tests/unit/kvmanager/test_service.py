@@ -8,6 +8,7 @@ import pytest
 
 from kvmanager import pool as pools
 from kvmanager.layout import Reason
+from kvmanager.service import Manager
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.statedir import StateDir
 from tests.unit.kvmanager.files import (
@@ -284,3 +285,41 @@ def test_stats_count_what_is_free_cached_and_shared(state: StateDir) -> None:
     manager.call(close_call("b", row.row_generation))
     assert manager.stats(True).shared_pages == 0
     assert manager.call(kv.Call()).error.reason == kv.ERROR_REASON_INVALID
+
+
+# --- forks and growth ---
+
+
+def forked(state: StateDir, manager: Manager) -> tuple[kv.EnsureResponse, kv.ForkResponse]:
+    """Output 0 has computed its 40 tokens, and output 1 is its fork."""
+    manager.call(open_call("a", outputs=2))
+    parent = manager.call(ensure_call("a", 41)).ensure
+    executor_log(state.records, "a")[0].set_progress(40, 40)
+    ask = kv.ForkRequest(
+        key=key_of("a"), index=1, from_index=0, from_row_generation=parent.row_generation, length=40, capacity=41
+    )
+    return parent, manager.call(kv.Call(fork=ask)).fork
+
+
+def test_a_fork_says_what_to_copy(state: StateDir) -> None:
+    manager = attached(state)
+    parent, child = forked(state, manager)
+    assert (child.shared_tokens, child.capacity, child.copy.tokens) == (32, 48, 8)
+    assert manager.core is not None and manager.core.tables is not None
+    tail = int(manager.core.tables.row_entry[parent.row, 2])
+    assert (child.copy.page, child.copy.page_generation) == (tail & 0xFFFFFFFF, tail >> 32)
+    assert manager.stats(True).shared_pages == 2
+
+
+def test_rows_grow_by_columns(state: StateDir) -> None:
+    manager = attached(state)
+    parent, child = forked(state, manager)
+    ask = kv.EnsureRowsRequest(
+        rows=[parent.row, child.row, 7],
+        row_generations=[parent.row_generation, child.row_generation, 3],
+        capacities=[49, 60, 16],
+        headrooms=[0, 16, 0],
+    )
+    assert list(manager.call(kv.Call(ensure_rows=ask)).ensure_rows.capacities) == [64, 80, 0]
+    ask.headrooms.pop()
+    assert reason(manager.call(kv.Call(ensure_rows=ask))) == kv.ERROR_REASON_INVALID

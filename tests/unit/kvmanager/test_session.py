@@ -14,10 +14,12 @@ from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime.progress import Progress, read_progress
 from pagehold.runtime.statedir import StateDir
+from pagehold.v1 import inference_pb2 as api
 from tests.unit.kvmanager.files import (
     attach_request,
     close_call,
     ensure_call,
+    executor_log,
     key_of,
     manager_of,
     open_call,
@@ -177,3 +179,56 @@ async def test_after_a_fault_nothing_more_is_served(daemon: Daemon, stub: kv_grp
         await stub.GetStats(kv.GetStatsRequest())
     view = read_progress(daemon.state.progress("kvmanager"))
     assert view is not None and view.deadline_ns == 0
+
+
+async def test_a_live_check_says_what_is_wrong_and_stops_nothing(
+    daemon: Daemon, stub: kv_grpc.KvManagerServiceStub
+) -> None:
+    assert await stub.Fsck(kv.FsckRequest()) == kv.FsckResponse()  # no pool yet
+    take_lock(daemon.state, b"1" * 16)
+    session = Session(stub)
+    await session.attach(b"1" * 16)
+    await session.ask(open_call("a"))
+    (granted,) = await session.ask(ensure_call("a", 40))
+    found = await stub.Fsck(kv.FsckRequest())
+    assert (list(found.findings), found.total, found.pages, found.rows, found.records) == ([], 0, 40, 1, 1)
+    assert daemon.manager.core is not None
+    daemon.manager.core.tables.row_entry[granted.ensure.row, :1100] += 1 << 32
+    (daemon.state.records / "zz.tmp").write_bytes(b"")
+    found = await stub.Fsck(kv.FsckRequest())
+    assert found.total == 4 and {one.kind for one in found.findings} == {"STALE", "FILE"}
+    daemon.manager.core.tables.row_entry[granted.ensure.row, :1100] -= 1 << 32
+    for number in range(1200):
+        (daemon.state.records / f"{number}.tmp").write_bytes(b"")
+    found = await stub.Fsck(kv.FsckRequest())
+    assert (found.total, len(found.findings)) == (1201, 1000)
+    view = read_progress(daemon.state.progress("kvmanager"))
+    assert view is not None and view.deadline_ns == 0
+    (reply,) = await session.ask(close_call("a", granted.ensure.row_generation))
+    assert reply.HasField("close")
+
+
+async def test_pins_are_listed_and_given_back(daemon: Daemon, stub: kv_grpc.KvManagerServiceStub) -> None:
+    assert await stub.ListPins(kv.ListPinsRequest()) == kv.ListPinsResponse()
+    take_lock(daemon.state, b"1" * 16)
+    session = Session(stub)
+    await session.attach(b"1" * 16)
+    request = api.GenerateRequest(pin_prefix="system").SerializeToString()
+    await session.ask(open_call("a", request=request))
+    (granted,) = await session.ask(ensure_call("a", 40))
+    executor_log(daemon.state.records, "a")[0].set_progress(40, 40)
+    await session.ask(close_call("a", granted.ensure.row_generation))
+    (pin,) = (await stub.ListPins(kv.ListPinsRequest())).pins
+    assert pin == kv.Pin(name="system", tenant="default", pages=2, tokens=32)
+    assert not (await stub.Unpin(kv.UnpinRequest(tenant="another", name="system"))).existed
+    changes = daemon.servicer.changes
+    assert (await stub.Unpin(kv.UnpinRequest(tenant="default", name="system"))).existed
+    assert daemon.servicer.changes > changes
+    assert not (await stub.Unpin(kv.UnpinRequest(tenant="default", name="system"))).existed
+    assert not (await stub.ListPins(kv.ListPinsRequest())).pins
+
+
+async def test_findings_between_calls_are_in_the_figures(daemon: Daemon, stub: kv_grpc.KvManagerServiceStub) -> None:
+    assert (await stub.GetStats(kv.GetStatsRequest())).integrity_findings == 0
+    daemon.servicer.findings = 3
+    assert (await stub.GetStats(kv.GetStatsRequest())).integrity_findings == 3

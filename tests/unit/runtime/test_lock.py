@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pagehold.runtime.lock import FileLock, LockBusy, read_id
+from pagehold.runtime.lock import FileLock, LockBusy, is_held, read_id
 
 HOLDER = """
 import sys, time
@@ -112,3 +113,23 @@ def test_an_id_that_was_never_written_is_empty(path: Path) -> None:
     lock.acquire()
     assert read_id(path) == b""
     assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+def test_a_look_at_a_free_lock_keeps_nobody_who_is_patient_from_it(path: Path) -> None:
+    path.touch()
+    with path.open("rb") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        with pytest.raises(LockBusy):
+            FileLock(path).acquire()
+        threading.Timer(0.05, look.close).start()
+        FileLock(path).acquire(patience=30.0)
+
+
+def test_whether_it_is_held_is_seen_without_taking_it(path: Path) -> None:
+    assert not is_held(path) and not path.exists()
+    lock = FileLock(path)
+    lock.acquire()
+    assert is_held(path)
+    lock.release()
+    assert not is_held(path)
+    FileLock(path).acquire()

@@ -1,0 +1,51 @@
+"""Slots that were copied from another page are as good as computed ones: the same bits, all layers, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvmanager.layout import LOW32
+from services.executor.modelstore.packed import PackedModel
+from services.executor.modelstore.store import open_model
+from services.executor.runner.base import Chunk
+from services.executor.runner.cpu import CpuRunner
+from services.executor.runner.reference import ReferenceRunner
+from tests.models.paging import TestPool
+from tests.models.tiny import TINY, save_tiny
+
+PAGE_SIZE = 8
+LENGTH = 21  # two pages and five slots of a third
+COPIED = LENGTH % PAGE_SIZE
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    folder: Path = tmp_path_factory.mktemp("copy")
+    save_tiny(TINY[0], folder / "model")
+    return open_model(str(folder / "model"), folder / "cache", progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_copied_page_answers_as_the_one_it_was_copied_from(model: PackedModel, name: str, dtype: str) -> None:
+    is_cpu = name == "cpu"
+    runner = CpuRunner(model, dtype, dtype, threads=1) if is_cpu else ReferenceRunner(model, dtype)
+    try:
+        pool = TestPool(model.spec, runner, dtype, pages=12, page_size=PAGE_SIZE)
+        tokens = np.random.default_rng(5).integers(0, model.spec.vocab_size, LENGTH).tolist()
+        first, second = pool.lane(tokens, LENGTH), pool.lane(tokens, LENGTH)
+        assert first.row is not None and second.row is not None
+        runner.step([Chunk(first, 0, LENGTH, 0, True)])
+        pages = list(zip(*((lane.row & np.uint64(LOW32)).tolist() for lane in (first, second)), strict=True))
+        for source, target in pages[:2]:
+            runner.copy_slots(source, target, PAGE_SIZE)
+        runner.copy_slots(*pages[2], COPIED)
+        # [layers, k and v, kv_heads, slots, head_dim]; what was never written is NaN.
+        assert np.isnan(pool.values[pages[2][1]][:, :, :, COPIED:].astype(np.float32)).all()
+        again = [runner.logits([Chunk(lane, LENGTH - 1, 1, LENGTH, True)]) for lane in (first, second)]
+        assert (again[0] == again[1]).all()
+    finally:
+        runner.close()

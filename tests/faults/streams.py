@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import grpc
 
@@ -13,16 +14,42 @@ from pagehold.v1 import inference_pb2_grpc as api_grpc
 RESUME_SECONDS = 30.0
 
 
+class Answer(NamedTuple):
+    """What must not depend on any fault: of the first output, and of the others."""
+
+    tokens: list[int]
+    text: str
+    reason: int
+    completion_tokens: int
+    others: tuple[Answer, ...] = ()
+
+
 @dataclass
-class Heard:
-    """What one client heard of one request with one output."""
+class HeardOutput:
+    """What one client heard of one output."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     reason: int = 0
     usage: api.Usage = field(default_factory=api.Usage)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.tokens, self.text, self.reason, self.usage.completion_tokens)
+
+
+@dataclass
+class Heard:
+    """What one client heard of one request."""
+
+    outputs: list[HeardOutput] = field(default_factory=lambda: [HeardOutput()])
     accepted: int = 0
     notices: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, message: api.GenerateRequest) -> Heard:
+        return cls([HeardOutput() for _ in range(message.n or 1)])
 
     def take(self, response: api.GenerateResponse) -> None:
         match response.WhichOneof("event"):
@@ -30,20 +57,44 @@ class Heard:
                 self.accepted += 1
             case "tokens":
                 message = response.tokens
-                assert message.offset == len(self.tokens), f"offset {message.offset} after {len(self.tokens)} tokens"
-                assert not self.reason, "tokens after the end"
-                self.tokens.extend(message.token_ids)
-                self.text += message.text
+                output = self.outputs[message.index]
+                assert message.offset == len(output.tokens), f"offset {message.offset} after {len(output.tokens)}"
+                assert not output.reason, "tokens after the end"
+                output.tokens.extend(message.token_ids)
+                output.logprobs.extend(message.logprobs)
+                output.text += message.text
             case "notice":
                 self.notices.append(response.notice.kind)
             case "finished":
-                self.reason = response.finished.reason
-                self.usage.CopyFrom(response.finished.usage)
+                output = self.outputs[response.finished.index]
+                output.reason = response.finished.reason
+                output.usage.CopyFrom(response.finished.usage)
 
     @property
-    def answer(self) -> tuple[list[int], str, int, int]:
-        """What must not depend on any fault."""
-        return self.tokens, self.text, self.reason, self.usage.completion_tokens
+    def tokens(self) -> list[int]:
+        """Of the first output."""
+        return self.outputs[0].tokens
+
+    @property
+    def least(self) -> int:
+        """Tokens that every output has."""
+        return min(len(output.tokens) for output in self.outputs)
+
+    @property
+    def over(self) -> bool:
+        return all(output.reason for output in self.outputs)
+
+    @property
+    def answer(self) -> Answer:
+        first, *others = (output.answer for output in self.outputs)
+        return first._replace(others=tuple(others))
+
+
+def mixed(count: int = 8, tokens: int = 96) -> list[api.GenerateRequest]:
+    """Greedy and seeded ones in turn; the second has four outputs, so that forks are among their rows."""
+    messages = [request(number, tokens) for number in range(count)]
+    messages[1].n = 4
+    return messages
 
 
 def request(
@@ -77,20 +128,24 @@ class Load:
     """Streams under way, and what each has heard so far."""
 
     def __init__(self, address: str, messages: list[api.GenerateRequest], resume: bool = False) -> None:
-        self.heard = [Heard() for _ in messages]
+        self.heard = [Heard.of(message) for message in messages]
+        # Those that are ranked are silent until they end.
+        self._watched = [
+            heard for heard, message in zip(self.heard, messages, strict=True) if message.best_of <= (message.n or 1)
+        ]
         self._tasks = [
             asyncio.create_task(generate(address, message, resume, heard))
             for message, heard in zip(messages, self.heard, strict=True)
         ]
 
     async def reach(self, tokens: int) -> None:
-        """Waits until every stream has this many more tokens than now. None may end before: nothing would be shown."""
-        wanted = [len(heard.tokens) + tokens for heard in self.heard]
-        while any(len(heard.tokens) < want for heard, want in zip(self.heard, wanted, strict=True)):
+        """Waits until every output has this many more tokens than now. None may end before: nothing would be shown."""
+        wanted = [heard.least + tokens for heard in self._watched]
+        while any(heard.least < want for heard, want in zip(self._watched, wanted, strict=True)):
             await asyncio.sleep(0.005)
             assert not any(task.done() for task in self._tasks), "a stream ended before the fault"
 
-    async def answers(self) -> list[tuple[list[int], str, int, int]]:
+    async def answers(self) -> list[Answer]:
         await asyncio.gather(*self._tasks)
         return [heard.answer for heard in self.heard]
 
@@ -99,7 +154,7 @@ async def generate(
     address: str, message: api.GenerateRequest, resume: bool = False, heard: Heard | None = None
 ) -> Heard:
     """One request to its end; with `resume`, across frontends that come and go."""
-    heard = heard or Heard()
+    heard = heard or Heard.of(message)
     loop = asyncio.get_running_loop()
     give_up = 0.0
     while True:
@@ -108,14 +163,15 @@ async def generate(
                 stub = api_grpc.InferenceServiceStub(channel)
                 if heard.accepted:
                     again = api.ResumeRequest(request_id=message.request_id)
-                    again.positions.add(index=0, offset=len(heard.tokens))
+                    for index, output in enumerate(heard.outputs):
+                        again.positions.add(index=index, offset=len(output.tokens))
                     stream = stub.Resume(again)
                 else:
                     stream = stub.Generate(message)
                 async for response in stream:
                     heard.take(response)
                     give_up = 0.0
-                assert heard.reason, "the stream ended without `finished`"
+                assert heard.over, "the stream ended without `finished`"
                 return heard
         except grpc.aio.AioRpcError as error:
             if not resume or error.code() is not grpc.StatusCode.UNAVAILABLE:
@@ -134,7 +190,7 @@ _OPTIONS = [
 ]
 
 
-async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list[tuple[list[int], str, int, int]]:
+async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list[Answer]:
     """The reference: the same bodies under other ids, with nothing killed."""
     copies = []
     for message in messages:

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import Stack
-from tests.faults.streams import Load, prefilled, request, undisturbed
+from services.cli.await_ready import await_ready
+from tests.conftest import START_SECONDS, Stack
+from tests.faults.streams import Load, mixed, prefilled, request, undisturbed
 
 pytestmark = pytest.mark.stack
 
 StartStack = Callable[..., Stack]
+COMPONENTS = ("frontend", "executor", "kvmanager")
+
+
+def kill_everything(stack: Stack) -> None:
+    """All components and their supervisor, stopped first: no one of them sees another one die."""
+    pids = [stack.process.pid, *stack.pids().values()]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
+    stack.process.wait()
+
+
+def up_again(stack: Stack) -> None:
+    """`pagehold up` with the same flags, state folder and port."""
+    with stack.log.open("a") as log:
+        stack.process = subprocess.Popen(stack.process.args, stderr=log, stdout=log)
+    assert await_ready(stack.address, stack.process.pid, START_SECONDS), stack.log.read_text()[-3000:]
 
 
 async def test_executor_killed_streams_go_on(start_stack: StartStack) -> None:
     stack = start_stack()
-    messages = [request(number, tokens=96) for number in range(8)]
+    messages = mixed()
     reference = await undisturbed(stack.address, messages)
 
     load = Load(stack.address, messages)
@@ -31,38 +52,57 @@ async def test_executor_killed_streams_go_on(start_stack: StartStack) -> None:
     assert prefilled(stack.address) == 0
 
 
-@pytest.mark.parametrize(
-    ("failpoint", "hits"),
-    [("executor.ensure.after", 4), ("executor.commit.before", 110), ("executor.publish.before", 18)],
-)
-async def test_executor_killed_at_a_border(start_stack: StartStack, failpoint: str, hits: int) -> None:
-    messages = [request(number, tokens=48) for number in range(8)]
-    quiet = start_stack()
-    reference = await undisturbed(quiet.address, messages)
-    quiet.stop()
-
-    # Every executor dies at that hit: several deaths in one run.
-    stack = start_stack(environment={"PAGEHOLD_FAILPOINTS": f"{failpoint}=kill@{hits}"})
-    assert await Load(stack.address, messages).answers() == reference
-    assert stack.log.read_text().count("killed by SIGKILL") >= 2
-
-
 async def test_manager_killed_streams_go_on(start_stack: StartStack) -> None:
     stack = start_stack()
-    messages = [request(number, tokens=128) for number in range(8)]
+    messages = mixed(tokens=128)
     reference = await undisturbed(stack.address, messages)
 
     load = Load(stack.address, messages)
+    await load.reach(1)
+    before = prefilled(stack.address)
     for _ in range(3):
         await load.reach(16)
         stack.kill("kvmanager")
     assert await load.answers() == reference
+    assert prefilled(stack.address) == before
+
+
+async def test_manager_and_executor_killed_together(start_stack: StartStack) -> None:
+    stack = start_stack()
+    messages = mixed()
+    reference = await undisturbed(stack.address, messages)
+
+    load = Load(stack.address, messages)
+    await load.reach(20)
+    pids = stack.pids()
+    for component in ("kvmanager", "executor"):
+        os.kill(pids[component], signal.SIGKILL)
+    assert await load.answers() == reference
+    assert prefilled(stack.address) == 0
+
+
+async def test_everything_killed_at_once(start_stack: StartStack) -> None:
+    """Only the files are left, and clients that ask again."""
+    stack = start_stack()
+    messages = mixed(tokens=128)
+    reference = await undisturbed(stack.address, messages)
+
+    load = Load(stack.address, messages, resume=True)
+    await load.reach(20)
+    before = stack.pids()
+    kill_everything(stack)
+    up_again(stack)
+    assert await load.answers() == reference
+    after = stack.pids()
+    assert not any(after[component] == before[component] for component in COMPONENTS)
+    assert all(one.accepted == 2 for one in load.heard), "a stream was not resumed: nothing is shown"
+    assert prefilled(stack.address) == 0
 
 
 @pytest.mark.parametrize("stop", [(), (" the",)], ids=("plain", "stop-string"))
 async def test_frontend_killed_resume_gives_the_rest(start_stack: StartStack, stop: tuple[str, ...]) -> None:
     stack = start_stack()
-    messages = [request(number, tokens=96) for number in range(8)]
+    messages = mixed()
     for message in messages:
         # A stop string that comes late: it counts only from the 60th token on.
         message.stopping.stop.extend(stop)
@@ -71,9 +111,11 @@ async def test_frontend_killed_resume_gives_the_rest(start_stack: StartStack, st
 
     load = Load(stack.address, messages, resume=True)
     await load.reach(20)
+    before = prefilled(stack.address)
     stack.kill("frontend")
     assert await load.answers() == reference
     assert all(one.accepted == 2 for one in load.heard), "a stream was not resumed: nothing is shown"
+    assert prefilled(stack.address) == before
 
 
 async def test_everything_killed_one_after_the_other(start_stack: StartStack) -> None:

@@ -11,12 +11,20 @@ import numpy.typing as npt
 from kvmanager.memory import Memory
 
 
-class ManagerKilled(Exception):
-    """The manager died before a store, or half-way through a batch of them."""
+class Violation(Exception):
+    """An invariant does not hold."""
 
 
-class ExecutorKilled(Exception):
-    """The executor died before one of its stores."""
+class Killed(BaseException):
+    """A process died: no `except Exception` of its own may see it."""
+
+
+class ManagerKilled(Killed):
+    """Before a store, or half-way through a batch of them."""
+
+
+class ExecutorKilled(Killed):
+    """Before one of its stores."""
 
 
 class Countdown:
@@ -42,13 +50,12 @@ class DyingMemory(Memory):
         if self._countdown.due():
             self._tear(array, index, np.asarray(value, array.dtype))
             raise ManagerKilled
-        super().put(array, index, value)
+        array[index] = value
 
     def _tear(self, array: npt.NDArray[Any], index: Any, value: npt.NDArray[Any]) -> None:
         if value.ndim == 0:
             return
         done = np.array([self._rng.random() < 0.5 for _ in range(len(value))], bool)
-        if isinstance(index, np.ndarray):
-            array[index[done]] = value[done]
-        else:
-            array[index][done] = value[done]
+        torn = array[index].copy()
+        torn[done] = value[done]
+        array[index] = torn

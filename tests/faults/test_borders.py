@@ -1,0 +1,84 @@
+"""A process dies between two steps of its own, each of its lives again, and no stream shows it.
+
+A manager is asked again for all that it has not answered, in one message. So that each life gets further
+than the one before, no more calls may be unanswered at a time than a failpoint lets pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from pagehold.v1 import inference_pb2 as api
+from tests.faults.streams import Answer, Load, generate, prefilled, request
+from tests.faults.test_kill import StartStack
+
+pytestmark = pytest.mark.stack
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for while processes die."""
+
+    messages: list[api.GenerateRequest]
+    at_once: bool
+
+    async def answers(self, address: str) -> list[Answer]:
+        if self.at_once:
+            return await Load(address, self.messages).answers()
+        return [(await generate(address, message)).answer for message in self.messages]
+
+
+PROMPT = (
+    "Number {}: a lighthouse is a tower with a light on its top, built where ships must not go. Its keeper climbs "
+    "the stairs at dusk, trims the wick, winds the clock that turns the lens, and writes into a book"
+)
+PAGE_SIZE = 16
+WORK = {
+    "crowd": Work([request(number, tokens=48) for number in range(8)], at_once=True),
+    # Of four outputs three are forks of the first one's row, each of which begins with a copy.
+    "forks": Work([request(number, 24, PROMPT.format(number), seeded=True, n=4) for number in range(4)], at_once=False),
+    "long": Work([request(number, tokens=200) for number in range(2)], at_once=True),
+}
+
+
+@pytest.fixture(scope="module")
+def quiet() -> dict[str, tuple[list[Answer], int]]:
+    """Answers without a fault and the tokens prefilled for them, by work: made once for all borders."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("work", "failpoint", "hits"),
+    [
+        ("crowd", "executor.ensure.after", 4),
+        ("crowd", "executor.commit.before", 110),
+        ("crowd", "executor.publish.before", 18),
+        ("crowd", "kvmanager.page_taken", 4),
+        ("crowd", "kvmanager.seal.before_word", 9),
+        ("forks", "executor.copy.before", 4),
+        ("forks", "executor.copy.after", 4),
+        ("forks", "kvmanager.fork.before", 5),
+        ("forks", "kvmanager.fork.after", 5),
+        ("long", "kvmanager.ensure_rows.before", 3),
+        ("long", "kvmanager.ensure_rows.after", 3),
+    ],
+)
+async def test_killed_at_a_border(
+    start_stack: StartStack, quiet: dict[str, tuple[list[Answer], int]], work: str, failpoint: str, hits: int
+) -> None:
+    if work not in quiet:
+        stack = start_stack()
+        quiet[work] = await WORK[work].answers(stack.address), prefilled(stack.address)
+        stack.stop()
+    answers, tokens = quiet[work]
+    # Every process that passes there dies at that hit: several deaths in one run.
+    stack = start_stack(environment={"PAGEHOLD_FAILPOINTS": f"{failpoint}=kill@{hits}"})
+    assert await WORK[work].answers(stack.address) == answers
+    assert stack.log.read_text().count("killed by SIGKILL") >= 2
+    if failpoint.startswith("kvmanager."):
+        assert prefilled(stack.address) == tokens, "what was computed is not computed again"
+    else:
+        # By the last executor. A fork that died with its copy computes less than a page; its prompt is three.
+        assert prefilled(stack.address) <= (3 * (PAGE_SIZE - 1) if work == "forks" else 0)

@@ -21,6 +21,7 @@ import numpy as np
 
 from kvmanager.allocation import Allocator, Wants
 from kvmanager.errors import Refusal, Refused
+from kvmanager.forks import Fork, find_parent, tail_of
 from kvmanager.integrity import check_integrity
 from kvmanager.layout import U32, U64, Header, OutputLog, Tables, generation_of, usable_computed
 from kvmanager.matching import PageCopy, match_pages, match_part
@@ -156,22 +157,18 @@ class ManagerCore:
         """Makes the row of output `index` over the first `length` tokens of a sibling's. Raises Refused."""
         self._hit("kvmanager.fork.before")
         source = self._source(key, max(index, from_index))
-        parent, row = self.rows.live.get((key, from_index)), self.rows.live.get((key, index))
-        if parent is not None and parent.generation != from_generation:
-            parent = None
-        if row is None and parent is None:
+        row, copy = self.rows.live.get((key, index)), None
+        fork = Fork(key, index, from_index, from_generation, length)
+        parent = find_parent(self.tables, self.rows, source, fork)
+        if parent is None and row is None:
             return _GONE
-        copy: PageCopy | None = None
         if parent is not None and (row is None or not source.outputs[index].computed):
-            self._check_fork(source, index, parent, length)
-            pages, whole = self.rows.pages(parent), length // self.page_size
-            if length % self.page_size:
-                tail = int(pages[whole])
-                copy = PageCopy(tail, generation_of(self.tables.page_word[tail]), length % self.page_size)
+            copy = tail_of(self.tables, self.rows, parent, length)
             if row is None:
                 # Only sealed pages may be in two rows, also where nobody looks for prefixes.
                 self._sealer.seal(parent, source)
-                row = self._make_row(key, index, source, pages[:whole], Wants(capacity, headroom, keep_free))
+                shared = self.rows.pages(parent)[: length // self.page_size]
+                row = self._make_row(key, index, source, shared, Wants(capacity, headroom, keep_free))
         assert row is not None
         self._hit("kvmanager.fork.after")
         return self._granted(row, copy)
@@ -262,13 +259,6 @@ class ManagerCore:
         parent = from_words(self.tables.page_hash[shared[-1]]) if len(shared) else source.root
         rest = output.tokens[len(shared) * self.page_size : output.known]
         return match_part(self.tables, self.pages.index, parent, rest)
-
-    def _check_fork(self, source: Source, index: int, parent: Row, length: int) -> None:
-        ours, theirs = source.outputs[index], source.outputs[parent.index]
-        computed = min(usable_computed(self.tables, parent.number, theirs.computed), theirs.known, ours.known)
-        if index == parent.index or length > computed or (ours.tokens[:length] != theirs.tokens[:length]).any():
-            message = f"output {index} of {parent.key} cannot be forked at {length} tokens of output {parent.index}"
-            raise Refused(Refusal.INVALID, message)
 
     def _make_row(self, key: str, index: int, source: Source, shared: Ids, wants: Wants) -> Row:
         output = source.outputs[index]

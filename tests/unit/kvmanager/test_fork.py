@@ -76,10 +76,17 @@ def test_a_fork_that_was_made_outlives_its_sibling() -> None:
 def test_what_the_sibling_has_not_computed_is_not_forked() -> None:
     bench = Bench()
     key, parent = two_outputs(bench, 10, computed=7)
-    with pytest.raises(Refused) as found:
-        bench.fork(key, 1, parent, 10, 11)
-    assert found.value.reason is Refusal.INVALID
+    assert bench.fork(key, 1, parent, 10, 11).generation == 0 and (key, 1) not in bench.core.live_rows
     assert bench.fork(key, 1, parent, 7, 8).cached == 4
+
+
+def test_a_fork_that_was_made_is_answered_whatever_its_sibling_gave_up_since() -> None:
+    bench = Bench()
+    key, parent = two_outputs(bench, 10)
+    child = bench.fork(key, 1, parent, 10, 11)
+    bench.output(key).set_progress(0, 10)  # as before a preemption, whose `close` is on its way
+    again = bench.fork(key, 1, parent, 10, 11)
+    assert (again.generation, again.copy) == (child.generation, None)
 
 
 def test_other_tokens_are_not_forked() -> None:

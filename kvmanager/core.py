@@ -162,12 +162,14 @@ class ManagerCore:
         parent = find_parent(self.tables, self.rows, source, fork)
         if parent is None and row is None:
             return _GONE
-        if parent is not None and (row is None or not source.outputs[index].computed):
+        whole = length // self.page_size
+        # Of a row that is there already: until something is computed, and if it was made for this length.
+        if parent is not None and (row is None or (row.sealed == whole and not source.outputs[index].computed)):
             copy = tail_of(self.tables, self.rows, parent, length)
             if row is None:
                 # Only sealed pages may be in two rows, also where nobody looks for prefixes.
                 self._sealer.seal(parent, source)
-                shared = self.rows.pages(parent)[: length // self.page_size]
+                shared = self.rows.pages(parent)[:whole]
                 row = self._make_row(key, index, source, shared, Wants(capacity, headroom, keep_free))
         assert row is not None
         self._hit("kvmanager.fork.after")

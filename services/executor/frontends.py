@@ -180,10 +180,12 @@ class Frontends:
             fail(connection, attach.stream_id, ex.FAILURE_NOT_FOUND)
             return
         positions = {position.index: position.offset for position in attach.positions}
-        for index, offset in positions.items():
-            if index >= len(request.sequences) or offset > request.sequences[index].length:
-                fail(connection, attach.stream_id, ex.FAILURE_OUT_OF_RANGE)
-                return
+        # A client's positions in ranked outputs are not those of the sampled ones: its frontend checks them.
+        if not (attach.describe and request.is_ranked):
+            for index, offset in positions.items():
+                if index >= len(request.sequences) or offset > request.sequences[index].length:
+                    fail(connection, attach.stream_id, ex.FAILURE_OUT_OF_RANGE)
+                    return
         self._requests.register(request)
         for sequence in request.sequences:
             # A reader that has not seen the request needs its text from the start.

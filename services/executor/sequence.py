@@ -138,6 +138,11 @@ class Request:
         return self.message.priority
 
     @property
+    def is_ranked(self) -> bool:
+        """Whether the client gets only the best of its outputs, renumbered."""
+        return len(self.sequences) > max(self.message.n, 1)
+
+    @property
     def ended(self) -> bool:
         return all(sequence.phase is Phase.ENDED for sequence in self.sequences)
 

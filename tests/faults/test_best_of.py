@@ -19,7 +19,7 @@ pytestmark = pytest.mark.stack
 def ranked(number: int, tokens: int = 48, n: int = 2, best_of: int = 4) -> api.GenerateRequest:
     message = request(number, tokens, seeded=True, n=n, best_of=best_of)
     message.sampling.temperature = 1.5
-    message.stopping.stop.append(" the")
+    message.stopping.stop.extend((",", ".", " the"))
     message.stopping.min_tokens = 8
     return message
 

@@ -30,22 +30,25 @@ class Work:
         return [(await generate(address, message)).answer for message in self.messages]
 
 
-PROMPT = (
-    "Number {}: a lighthouse is a tower with a light on its top, built where ships must not go. Its keeper climbs "
-    "the stairs at dusk, trims the wick, winds the clock that turns the lens, and writes into a book"
+# Nothing is copied between them: their first tokens differ.
+PROMPTS = tuple(
+    f"{keeper} keeps a lighthouse: a tower with a light on its top, built where ships must not go. At dusk the keeper "
+    "climbs the stairs, trims the wick, winds the clock that turns the lens, and writes of wind and weather into a "
+    "thick book"
+    for keeper in ("Anna", "Who", "Everybody", "Nobody")
 )
 PAGE_SIZE = 16
 WORK = {
     "crowd": Work([request(number, tokens=48) for number in range(8)], at_once=True),
     # Of four outputs three are forks of the first one's row, each of which begins with a copy.
-    "forks": Work([request(number, 24, PROMPT.format(number), seeded=True, n=4) for number in range(4)], at_once=False),
+    "forks": Work([request(number, 24, text, seeded=True, n=4) for number, text in enumerate(PROMPTS)], at_once=False),
     "long": Work([request(number, tokens=200) for number in range(2)], at_once=True),
 }
 
 
 @pytest.fixture(scope="module")
 def quiet() -> dict[str, tuple[list[Answer], int]]:
-    """Answers without a fault and the tokens prefilled for them, by work: made once for all borders."""
+    """Answers without a fault and the tokens of all their prompts, by work: made once for all borders."""
     return {}
 
 
@@ -69,7 +72,7 @@ async def test_killed_at_a_border(
     start_stack: StartStack, quiet: dict[str, tuple[list[Answer], int]], work: str, failpoint: str, hits: int
 ) -> None:
     if work not in quiet:
-        stack = start_stack()
+        stack = start_stack(prefix_cache=False)  # so that each prompt is computed, once
         quiet[work] = await WORK[work].answers(stack.address), prefilled(stack.address)
         stack.stop()
     answers, tokens = quiet[work]
@@ -78,7 +81,7 @@ async def test_killed_at_a_border(
     assert await WORK[work].answers(stack.address) == answers
     assert stack.log.read_text().count("killed by SIGKILL") >= 2
     if failpoint.startswith("kvmanager."):
-        assert prefilled(stack.address) == tokens, "what was computed is not computed again"
+        assert prefilled(stack.address) <= tokens, "a prompt was computed twice"
     else:
         # By the last executor. A fork that died with its copy computes less than a page; its prompt is three.
         assert prefilled(stack.address) <= (3 * (PAGE_SIZE - 1) if work == "forks" else 0)

@@ -391,3 +391,15 @@ def test_a_prefix_is_reserved_only_where_prefixes_are_cached(world: World) -> No
     world.run()
     assert frontend.stream(2).failures == [ex.FAILURE_NO_PREFIX_CACHE]
     assert frontend.stream(3).tokens[0] == expected(prompt_of(1, 40), 10)
+
+
+def test_positions_in_ranked_outputs_are_not_those_of_the_sampled_ones(world: World) -> None:
+    frontend = world.connect()
+    world.submit(frontend, 1, [5, 6], 4, n=1, best_of=3)
+    world.run()
+    positions = [ex.Position(index=0, offset=99)]
+    for stream_id, describe, failures in ((2, True, []), (3, False, [ex.FAILURE_OUT_OF_RANGE])):
+        attach = ex.Attach(stream_id=stream_id, **named(), positions=positions, describe=describe)
+        world.send(frontend, attach=attach)
+        world.run()
+        assert frontend.stream(stream_id).failures == failures

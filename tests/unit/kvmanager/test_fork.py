@@ -124,3 +124,10 @@ def test_eight_outputs_hold_one_prompt() -> None:
     assert bench.core.pages.usable - bench.core.pages.available == 32 + 8 * 4
     bench.core.close_all(key)
     assert bench.core.pages.available == bench.core.pages.usable and bench.core.check_integrity() == []
+
+
+def test_a_row_that_was_made_for_another_length_takes_no_copy() -> None:
+    bench = Bench()
+    key, parent = two_outputs(bench, 10)
+    assert bench.fork(key, 1, parent, 6, 11).cached == 4
+    assert bench.fork(key, 1, parent, 10, 11).copy is None

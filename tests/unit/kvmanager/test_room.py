@@ -40,7 +40,16 @@ def test_a_pin_holds_at_most_half_of_the_pool_with_those_to_come(state: StateDir
     assert opened(manager, "a", prompt=321, max_tokens=1, pin="one") is None  # 20 pages
     assert opened(manager, "b", prompt=16, max_tokens=1, pin="two") == kv.ERROR_REASON_QUOTA
     assert opened(manager, "c", prompt=16, max_tokens=1, pin="one") is None  # takes the other's place
-    assert opened(manager, "d", prompt=337, max_tokens=1, pin="") is None
+    assert opened(manager, "d", prompt=320, max_tokens=1) is None
+    assert opened(manager, "e", prompt=337, max_tokens=1) == kv.ERROR_REASON_TOO_LARGE
+
+
+def test_under_one_name_the_largest_prompt_counts(state: StateDir) -> None:
+    manager = attached(state)
+    assert opened(manager, "a", prompt=160, max_tokens=1, pin="one") is None
+    assert opened(manager, "b", prompt=336, max_tokens=1, pin="one") == kv.ERROR_REASON_QUOTA  # 21 pages of 40
+    assert opened(manager, "c", prompt=320, max_tokens=1, pin="one") is None
+    assert opened(manager, "d", prompt=16, max_tokens=1, pin="two") == kv.ERROR_REASON_QUOTA
 
 
 def test_what_is_pinned_counts_after_its_request_is_gone(state: StateDir) -> None:

@@ -86,10 +86,8 @@ class Checks:
         check_tokens(self._world.truth(key, index), output)
 
     def _check_pinned(self, outputs: dict[str, list[OutputLog]]) -> None:
-        """A request that ran its course has left its pin, unless another one's of the same name took its room."""
+        """A request that ran its course has left its pin."""
         world = self._world
-        if len(self._lone) < len(self._wanted):
-            return
         for key, logs in outputs.items():
             pin = world.requests[key].pin
             if pin is None or not world.prefix_cache or pin.key in self._unpinned:

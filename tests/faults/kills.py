@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tests.faults.batches import Operation
 from tests.faults.repeat import Repeat, Tally
-from tests.faults.scripted import Operation
 
 
 def main() -> int:

@@ -20,8 +20,9 @@ from kvmanager.fsck import check_folder
 from kvmanager.layout import request_key
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.statedir import StateDir
+from tests.faults.batches import PAGE_SIZE, TENANT, Operation
 from tests.faults.forge import Forge
-from tests.faults.scripted import PAGE_SIZE, TENANT, ManagerLost, Operation, ScriptedExecutor
+from tests.faults.scripted import ManagerLost, ScriptedExecutor
 from tests.faults.seen import Name, RowSeen, Seen, look, map_tables
 
 _MOST_TURNS: Final = 2_000  # without a death: then the failpoint is never reached

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.batches import Operation
 from tests.faults.repeat import Repeat
-from tests.faults.scripted import Operation
 
 pytestmark = pytest.mark.stack
 

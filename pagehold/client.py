@@ -165,6 +165,7 @@ class _Reading:
         self.offsets: dict[int, int] = {}  # tokens received, by output
         self._finished: set[int] = set()
         self._alone_since = 0.0
+        self._broken = 0  # streams of its own that may still be on their way to the executor
 
     def alive(self) -> None:
         self._alone_since = 0.0
@@ -186,9 +187,13 @@ class _Reading:
         return True
 
     def may_retry(self, error: grpc.aio.AioRpcError, seconds: float) -> bool:
+        # Taken over, once for each stream that broke: by that very stream, whose frontend passed it on
+        # after it was sent again elsewhere.
+        by_itself = error.code() is grpc.StatusCode.ABORTED and self._broken > 0
         # Before `accepted` a full server is an answer; after it, it only means that this reader was too slow.
         slow = self.accepted and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        if error.code() is not grpc.StatusCode.UNAVAILABLE and not slow:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE and not slow and not by_itself:
             return False
+        self._broken += -1 if by_itself else 1
         self._alone_since = self._alone_since or time.monotonic()
         return time.monotonic() - self._alone_since < seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
 
 from pagehold.client import _Reading, make_request
@@ -47,3 +48,16 @@ def test_events_repeated_by_resume_come_once() -> None:
     assert [reading.take(one) for one in (accepted, tokens, finished)] == [True, True, True]
     assert [reading.take(one) for one in (accepted, finished)] == [False, False]
     assert reading.offsets == {1: 6}
+
+
+def broken(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+
+def test_a_stream_that_broke_may_take_its_own_successor_over_once() -> None:
+    reading = _Reading()
+    aborted, unavailable = broken(grpc.StatusCode.ABORTED), broken(grpc.StatusCode.UNAVAILABLE)
+    assert not reading.may_retry(aborted, 30.0)  # somebody else's
+    assert reading.may_retry(unavailable, 30.0)
+    assert reading.may_retry(aborted, 30.0)
+    assert not reading.may_retry(aborted, 30.0)

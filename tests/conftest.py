@@ -91,7 +91,10 @@ def start_stack() -> Iterator[Callable[..., Stack]]:
 def stack() -> Iterator[Stack]:
     """One for all tests that kill nothing."""
     factory = _stacks()
-    yield next(factory)()
+    start = next(factory)
+    # What is made once, such as the converted model, is made by another one: this one is like all later ones.
+    start().stop()
+    yield start()
     next(factory, None)
 
 

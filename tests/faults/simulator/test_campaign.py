@@ -9,7 +9,7 @@ from tests.faults.simulator.faults import Violation
 from tests.faults.simulator.messages import components
 from tests.faults.simulator.messages import schedule as messages
 
-_OPERATIONS = 200_000  # a million: `scripts/simulate --operations 1000000`
+_OPERATIONS = 100_000  # a million: `scripts/simulate --operations 1000000`
 
 
 def check(report: Report) -> None:

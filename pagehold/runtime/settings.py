@@ -37,7 +37,8 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+KvDtype = Literal["bfloat16", "float16", "float32", "fp8_e4m3"]
 
 
 class Settings(BaseSettings):
@@ -94,8 +95,9 @@ class ExecutorSettings(ComponentSettings):
     served_model_name: str | None = Field(None, description="name that clients use; default: the model's own")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     runner: Literal["auto", "reference"] = Field("auto", description="reference: torch, slow, for tests")
-    dtype: Dtype = Field("bfloat16", description="arithmetic of the model")
-    kv_dtype: Dtype | None = Field(None, description="element type of the pages; default: the dtype")
+    dtype: Dtype = Field("bfloat16", description="arithmetic of the model; float16 on CUDA, float32 on CPUs only")
+    kv_dtype: KvDtype | None = Field(None, description="element type of the pages; default: the dtype; fp8_e4m3 on CUDA")
+    deterministic: bool = Field(False, description="CUDA: tokens do not depend on what else runs; CPUs always are")
     page_size: int = Field(16, ge=8, le=128, description="tokens in a page")
     kv_memory: Bytes | None = Field(None, gt=0, description="size of the page pool, such as 2GiB")
     memory_fraction: float = Field(0.90, gt=0, le=1, description="of the free memory that --kv-memory may take")

@@ -1,0 +1,1 @@
+"""Earlier versions of kernels, kept runnable: each says what it changed."""

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from kvmanager import pool as pools
-from kvmanager.geometry import read_fingerprint
-from kvmanager.layout import HEADER_WORDS, Header
+from kvmanager.device.memory import uuid_name
+from kvmanager.geometry import HOST, Place, read_fingerprint, read_place
+from kvmanager.layout import HEADER_WORDS, Header, PoolKind
 from kvmanager.pool import CannotAdopt
 from kvmanager.recordcheck import map_log
 from kvmanager.vacant import ALL, Holder, holders_of, vacant
@@ -46,7 +47,9 @@ class Folder:
     reason: str  # why it is unusable
     epoch: int
     fingerprint: str  # of the model: 64 hex digits, or none
-    pool_bytes: int  # that have memory behind them
+    pool_bytes: int  # that have memory behind them, of this machine
+    device: str  # whose memory the pool is, as nvidia-smi names it; empty: this machine's
+    device_bytes: int  # of it; a dead folder has none
     tables_bytes: int
     records_bytes: int
     records: int
@@ -91,11 +94,13 @@ def is_ours(state: StateDir) -> bool:
 
 def survey(state: StateDir) -> Folder:
     """A look at a folder in which anything may change meanwhile. Changes nothing."""
+    holders = holders_of(state)
     header, condition, reason = _header(state)
+    place = _place(header)
     logs = [path for path in _files(state.records) if path.suffix == ".log"]
     return Folder(
         path=state.root,
-        holders=holders_of(state),
+        holders=holders,
         manager_pid=_pid(state, "kvmanager"),
         executor_pid=_pid(state, "executor"),
         age_seconds=_age(state),
@@ -104,6 +109,8 @@ def survey(state: StateDir) -> Folder:
         epoch=int(header[Header.EPOCH]) if header is not None else 0,
         fingerprint=read_fingerprint(header) if header is not None else "",
         pool_bytes=_allocated([state.pool]),
+        device=uuid_name(place.device) if place.kind is not PoolKind.HOST else "",
+        device_bytes=_device_bytes(header, holders) if place.kind is not PoolKind.HOST else 0,
         tables_bytes=_allocated([state.tables, pools.half_made(state)]),
         records_bytes=_allocated(_files(state.records)),
         records=sum(path.suffix == ".req" for path in _files(state.records)),
@@ -138,6 +145,19 @@ def _header(state: StateDir) -> tuple[np.ndarray | None, Condition, str]:
     if pool is None:
         return None, Condition.NO_TABLES, ""
     return pool.tables.header, Condition.SOUND, ""
+
+
+def _place(header: np.ndarray | None) -> Place:
+    try:
+        return read_place(header) if header is not None else HOST
+    except ValueError:
+        return HOST  # of tables that nobody can use
+
+
+def _device_bytes(header: np.ndarray | None, holders: tuple[Holder, ...]) -> int:
+    """A device's memory goes with the last process that has it."""
+    lives = Holder.MANAGER in holders or Holder.EXECUTOR in holders
+    return int(header[Header.POOL_BYTES]) if header is not None and lives else 0
 
 
 def _pid(state: StateDir, component: str) -> int | None:

@@ -13,7 +13,7 @@ from kvmanager import pool as pools
 from kvmanager.core import ManagerCore
 from kvmanager.findings import Finding, FindingKind
 from kvmanager.integrity import check_steps
-from kvmanager.layout import RowState, Tables, words_key
+from kvmanager.layout import PoolKind, RowState, Tables, words_key
 from kvmanager.recordcheck import check_files, check_records
 from kvmanager.records import Records
 from kvmanager.stored import check_tables
@@ -46,6 +46,8 @@ def check_folder(state: StateDir) -> Report:
         if state.pool.exists():
             leftovers.append(_leftover("pool", "is a pool without tables"))
         return Report(leftovers + check_files(state.records, "", set()).findings)
+    if pool.place.kind is not PoolKind.HOST and state.pool.exists():
+        leftovers.append(_leftover("pool", "is a file, and the memory of this pool is a device's"))
     tables, used = pool.tables, _used_rows(pool.tables)
     records = check_files(state.records, pool.fingerprint, {words_key(tables.row_key[row]) for row in used})
     findings = check_tables(tables, records.sources.get, orphans=True)

@@ -17,6 +17,8 @@ store. Structured dtypes are not used: their assignments tear.
         row_entry   u64[rows + 64, entries]  page id in bits 0..31, page generation in bits 32..63
         pin_name    u64[64, 32]        tenant, NUL, name in UTF-8: of the pinned row `rows` + this
                                        (rows for sequences come first, 64 for pinned prefixes last)
+        scales      f32[layers, 2, kv_heads]  of K and V, fixed when the pool is made: an element's value is
+                                       what is stored x its scale; fp8 pools only, else there is none
 
     <key>.log  made by the manager, from then on written by the executor
         header      8 words            magic, version, outputs, capacity, prompt length, flags
@@ -31,7 +33,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +42,7 @@ U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 TABLES_MAGIC: Final = 0x50414745484F4C44  # "PAGEHOLD"
 LOG_MAGIC: Final = 0x50414745484C4F47  # "PAGEHLOG"
 HEADER_WORDS: Final = 64
@@ -51,6 +53,9 @@ MOST_PINS: Final = 64  # rows that only pinned prefixes use, behind those for se
 PIN_NAME_WORDS: Final = 32
 NO_PAGE: Final = 0  # the reserved id: `none` entries name it, no row ever gets it
 LOW32: Final = 0xFFFFFFFF
+
+PAGE_MAJOR: Final = 1  # layout id: [page][layer][k, v][kv_head][slot][head_dim]
+LAYER_MAJOR: Final = 2  # layout id: [layer][page][k, v][kv_head][slot][head_dim]; device pools only
 
 
 class Header(IntEnum):
@@ -76,15 +81,29 @@ class Header(IntEnum):
     FINGERPRINT = 20  # four words
     POOL_BYTES = 24  # backed by memory so far; grows by whole extents
     READY = 25  # 1 once the pool's geometry is complete; stored last
+    POOL_KIND = 26  # where the pool's memory is: `PoolKind`
+    DEVICE_UUID = 27  # two words; of the device whose memory it is
+    POOL_GENERATION = 29  # device memories behind these tables so far; each also draws a POOL_UUID
+
+
+class PoolKind(IntEnum):
+    """Where the pool's memory is, and how it goes from its owner to its user. As in `pagehold.kv.v1.PoolKind`."""
+
+    HOST = 0  # a file of shared memory
+    IPC = 1  # device memory, by a legacy CUDA IPC handle: it cannot be exported again by another manager
+    VMM = 2  # device memory, by a file descriptor: whoever holds one keeps it alive
 
 
 class KvDtype(IntEnum):
     FLOAT32 = 1
     BFLOAT16 = 2
+    FLOAT16 = 3
+    FP8_E4M3 = 4  # with scales
 
     @property
     def itemsize(self) -> int:
-        return 4 if self is KvDtype.FLOAT32 else 2
+        """Bytes."""
+        return {KvDtype.FLOAT32: 4, KvDtype.FP8_E4M3: 1}.get(self, 2)
 
 
 class PageState(IntEnum):
@@ -145,6 +164,15 @@ def terminal_word(reason: Reason, length: int) -> int:
     return 1 | int(reason) << 8 | length << 32
 
 
+class Strides(NamedTuple):
+    """Bytes. Of element d in a slot: page x `page` + layer x `layer` + (0 for K, 1 for V) x `half`, and within
+    those [kv_head][slot][head_dim]."""
+
+    page: int
+    layer: int
+    half: int
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """The shape of a pool and its tables; fixed for the pool's life."""
@@ -168,12 +196,32 @@ class Geometry:
         """K and V of all layers for `page_size` tokens."""
         return self.layers * 2 * self.kv_heads * self.page_size * self.head_dim * self.kv_dtype.itemsize
 
+    @property
+    def strides(self) -> Strides:
+        half = self.kv_heads * self.page_size * self.head_dim * self.kv_dtype.itemsize
+        if self.layout_id == LAYER_MAJOR:
+            return Strides(page=2 * half, layer=self.pages * 2 * half, half=half)
+        return Strides(page=self.page_bytes, layer=2 * half, half=half)
+
+    @property
+    def scales(self) -> int:
+        """How many scales `tables` holds."""
+        return self.layers * 2 * self.kv_heads if self.kv_dtype is KvDtype.FP8_E4M3 else 0
+
 
 class Tables:
     """Views over the bytes of `tables`; see the module's table."""
 
-    def __init__(self, buffer: memoryview | bytearray, pages: int, rows: int, entries: int, page_size: int) -> None:
-        """rows: for sequences."""
+    def __init__(
+        self,
+        buffer: memoryview | bytearray,
+        pages: int,
+        rows: int,
+        entries: int,
+        page_size: int,
+        scales: int = 0,
+    ) -> None:
+        """rows: for sequences. scales: as in `Geometry`; they come last, whoever needs none may leave them out."""
         self._buffer = buffer
         self._offset = 0
         self.rows = rows
@@ -191,6 +239,7 @@ class Tables:
         self.row_length: U64 = self._words(all_rows)
         self.row_entry: U64 = self._words(all_rows * entries).reshape(all_rows, entries)
         self.pin_name: U64 = self._words(MOST_PINS * PIN_NAME_WORDS).reshape(MOST_PINS, PIN_NAME_WORDS)
+        self.scales: F32 = self._words(-(-scales // 2)).view(np.float32)[:scales]  # [layers * 2 * kv_heads]
 
     def _words(self, count: int) -> U64:
         """The next `count` words; each array starts at a multiple of 64 bytes."""
@@ -199,7 +248,7 @@ class Tables:
         return view
 
     @staticmethod
-    def nbytes(pages: int, rows: int, entries: int, page_size: int) -> int:
+    def nbytes(pages: int, rows: int, entries: int, page_size: int, scales: int = 0) -> int:
         all_rows = rows + MOST_PINS
         parts = (
             HEADER_WORDS * 8,
@@ -213,6 +262,7 @@ class Tables:
             all_rows * 8,
             all_rows * entries * 8,
             MOST_PINS * PIN_NAME_WORDS * 8,
+            scales * 4,
         )
         return sum(-(-part // 64) * 64 for part in parts)
 

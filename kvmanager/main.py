@@ -10,13 +10,17 @@ import asyncio
 import gc
 import signal
 import sys
+from functools import partial
 from typing import Final
 
 import grpc
 import structlog
 import uvloop
 
+from kvmanager.device.leash import Leash
+from kvmanager.device.memory import Exporter, load_driver
 from kvmanager.idle import IdleCheck
+from kvmanager.layout import PoolKind
 from kvmanager.pool import CannotAdopt
 from kvmanager.service import Manager
 from kvmanager.session import KvManagerServicer
@@ -56,12 +60,18 @@ def main(settings: KvManagerSettings) -> int:
         return _refuse(str(error), EXIT_CONFIG)
     try:
         progress = Progress(state.progress("kvmanager"))
-        manager = Manager(state, settings.record_quota, settings.record_ttl, failpoint.hit)
+        exporter = partial(_exporter, settings.cuda_driver)
+        manager = Manager(state, settings.record_quota, settings.record_ttl, failpoint.hit, exporter=exporter)
     except CannotAdopt as error:
         return _refuse(str(error), EXIT_CONFIG)
     except OSError as error:
         return _refuse(f"cannot use the files in {state.root}: {error.strerror}", EXIT_FAULT)
     return uvloop.run(_serve(state, manager, progress))
+
+
+def _exporter(driver: str, kind: PoolKind) -> Exporter:
+    """Loaded only for a pool on a device."""
+    return load_driver(driver).exporter(kind)
 
 
 def _refuse(message: str, code: int) -> int:
@@ -83,9 +93,12 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, finish, 0)
-    servicer = KvManagerServicer(manager, progress, fail)
+    leash = Leash(state.leash_socket)
+    servicer = KvManagerServicer(manager, progress, fail, leash)
     server = grpc.aio.server(options=server_options())
     kv_grpc.add_KvManagerServiceServicer_to_server(servicer, server)
+    # Before the other socket: whoever reaches that one has been able to greet.
+    leash.start()
     # The lock is held, so whoever left a socket here is dead.
     state.kvmanager_socket.unlink(missing_ok=True)
     server.add_insecure_port(f"unix:{state.kvmanager_socket}")
@@ -103,6 +116,7 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
         task.cancel()
     progress.set_state(State.DRAINING)
     await server.stop(_STOP_SECONDS)
+    leash.close()
     progress.set_state(State.DOWN)
     return code
 

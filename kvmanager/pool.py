@@ -1,29 +1,32 @@
 """The files behind the core: `tables` and the pool; made, adopted, grown or refused.
 
-A pool is there when `tables` is: its rename into place is made last, and undone first.
+A pool is there when `tables` is: its rename into place is made last, and undone first. A pool on a device has
+no file: its memory is the manager's `Allocation`, made whole, and lost when nobody has it any more.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import secrets
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from kvmanager.device.memory import Allocation
 from kvmanager.errors import Refusal, Refused
-from kvmanager.geometry import read_fingerprint, read_geometry
+from kvmanager.geometry import HOST, Place, read_fingerprint, read_geometry, read_place, read_shape
 from kvmanager.layout import (
     HEADER_WORDS,
     LAYOUT_VERSION,
     TABLES_MAGIC,
     Geometry,
     Header,
+    PoolKind,
     Tables,
 )
+from kvmanager.renewal import name, renew
 from pagehold.runtime.memory import available_bytes
 from pagehold.runtime.statedir import StateDir
 
@@ -38,13 +41,15 @@ class CannotAdopt(Exception):
 
 
 class Pool:
-    """`tables` mapped for writing, and the pool file's size."""
+    """`tables` mapped for writing, and the memory of the pool: a file's, or a device's."""
 
     def __init__(self, state: StateDir, tables: Tables) -> None:
         """Raises ValueError when the header's numbers contradict each other."""
         self._path = state.pool
         self.tables = tables
         self.geometry = read_geometry(tables.header)
+        self.place = read_place(tables.header)
+        self.memory: Allocation | None = None  # a device's, once this manager has it
         if self.word(Header.PAGE_BYTES) != self.geometry.page_bytes:
             raise ValueError("page size")
 
@@ -56,6 +61,31 @@ class Pool:
         """Of the model's contents: 64 hex digits."""
         return read_fingerprint(self.tables.header)
 
+    @property
+    def uuid(self) -> bytes:
+        """Of the pool's memory: on a device, another memory has another."""
+        return self.tables.header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes()
+
+    @property
+    def nbytes(self) -> int:
+        return self.geometry.pages * self.geometry.page_bytes
+
+    def hold(self, memory: Allocation) -> None:
+        """The device's memory is there: every page has some from now on."""
+        self.memory = memory
+        self.tables.header[Header.POOL_BYTES] = self.nbytes
+
+    def lose(self) -> None:
+        """Nobody has the device's memory any more."""
+        self.memory = None
+        renew(self.tables)
+
+    def close(self) -> None:
+        """Frees a device's memory. No executor has it mapped."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+
     def back(self, last_page: int) -> int:
         """Puts memory behind the pool up to and with `last_page`, in whole extents.
 
@@ -63,8 +93,8 @@ class Pool:
         """
         page_bytes, backed = self.geometry.page_bytes, self.word(Header.POOL_BYTES)
         wanted = (last_page + 1) * page_bytes
-        if wanted > backed:
-            target = min(-(-wanted // EXTENT) * EXTENT, self.geometry.pages * page_bytes)
+        if wanted > backed and self.place.kind is PoolKind.HOST:
+            target = min(-(-wanted // EXTENT) * EXTENT, self.nbytes)
             if self._allocate(backed, target):
                 self.tables.header[Header.POOL_BYTES] = backed = target
         return backed // page_bytes
@@ -80,19 +110,27 @@ class Pool:
         return True
 
 
-def create(state: StateDir, geometry: Geometry, fingerprint: str) -> Pool:
-    """New files in place of old ones. fingerprint: 64 hex digits. Raises OSError when the tmpfs is full."""
-    size = Tables.nbytes(geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
+def create(
+    state: StateDir, geometry: Geometry, fingerprint: str, place: Place = HOST, scales: list[float] | None = None
+) -> Pool:
+    """New files in place of old ones. Raises OSError when the tmpfs is full.
+
+    fingerprint: 64 hex digits. scales: as many as the geometry says.
+    """
+    shape = (geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size, geometry.scales)
+    size = Tables.nbytes(*shape)
     new_tables = half_made(state)
     try:
         new_tables.unlink(missing_ok=True)
         _make_file(new_tables, size, backed=True)
-        tables = _map_tables(new_tables, True, geometry.pages, geometry.rows, geometry.row_entries, geometry.page_size)
-        _write_header(tables, geometry, fingerprint)
+        tables = _map_tables(new_tables, True, shape)
+        tables.scales[:] = scales or []
+        _write_header(tables, geometry, fingerprint, place)
         # Old tables must never meet a new pool.
         state.tables.unlink(missing_ok=True)
         state.pool.unlink(missing_ok=True)
-        _make_file(state.pool, geometry.pages * geometry.page_bytes, backed=False)
+        if place.kind is PoolKind.HOST:
+            _make_file(state.pool, geometry.pages * geometry.page_bytes, backed=False)
         new_tables.rename(state.tables)
     except OSError:
         new_tables.unlink(missing_ok=True)
@@ -101,11 +139,17 @@ def create(state: StateDir, geometry: Geometry, fingerprint: str) -> Pool:
 
 
 def adopt(state: StateDir) -> Pool | None:
-    """The pool of an earlier manager; None when there is none, nor any leftover then. Raises CannotAdopt."""
+    """The pool of an earlier manager; None when there is none, nor any leftover then. Raises CannotAdopt.
+
+    By IPC its memory cannot be exported again, so the pool is empty from here on. A VMM pool's may come back with
+    the executor that has it.
+    """
     pool = examine(state, writable=True)
     half_made(state).unlink(missing_ok=True)
-    if pool is None:
+    if pool is None or pool.place.kind is not PoolKind.HOST:
         state.pool.unlink(missing_ok=True)
+    if pool is not None and pool.place.kind is PoolKind.IPC:
+        pool.lose()
     return pool
 
 
@@ -125,14 +169,15 @@ def examine(state: StateDir, writable: bool = False) -> Pool | None:
         raise CannotAdopt(f"{state.tables} has layout version {version}, this is {LAYOUT_VERSION}; {REMEDY}")
     if header[Header.BOOT_ID : Header.BOOT_ID + 2].tobytes() != _boot_id():
         raise CannotAdopt(f"{state.tables} is from before the last boot of this machine; {REMEDY}")
-    shape = [int(header[name]) for name in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)]
+    shape = read_shape(header)
     try:
         if size != Tables.nbytes(*shape):
             raise ValueError("length")
-        pool = Pool(state, _map_tables(state.tables, writable, *shape))
+        pool = Pool(state, _map_tables(state.tables, writable, shape))
     except ValueError as error:
         raise CannotAdopt(f"{state.tables} is damaged: wrong {error}; {REMEDY}") from error
-    _check_pool_file(state, pool)
+    if pool.place.kind is PoolKind.HOST:
+        _check_pool_file(state, pool)
     return pool
 
 
@@ -141,15 +186,14 @@ def _check_pool_file(state: StateDir, pool: Pool) -> None:
         stat = state.pool.stat()
     except FileNotFoundError:
         raise CannotAdopt(f"{state.pool} is gone; {REMEDY}") from None
-    whole = pool.geometry.pages * pool.geometry.page_bytes
-    if stat.st_size != whole or stat.st_blocks * 512 < pool.word(Header.POOL_BYTES):
+    if stat.st_size != pool.nbytes or stat.st_blocks * 512 < pool.word(Header.POOL_BYTES):
         raise CannotAdopt(f"{state.pool} is not the pool of {state.tables}; {REMEDY}")
 
 
-def fitting(state: StateDir, geometry: Geometry, pool_bytes: int) -> Geometry:
+def fitting(state: StateDir, geometry: Geometry, pool_bytes: int, place: Place = HOST) -> Geometry:
     """The geometry with as many pages as `pool_bytes` makes; a pool that is there makes way for it.
 
-    Raises Refused(NO_MEMORY).
+    Whether a device has so much memory is seen when it is allocated. Raises Refused(NO_MEMORY).
     """
     pages = pool_bytes // geometry.page_bytes
     if pages < _FEWEST_PAGES:
@@ -157,11 +201,12 @@ def fitting(state: StateDir, geometry: Geometry, pool_bytes: int) -> Geometry:
         message = f"a page pool of {pool_bytes} bytes is too small; choose a --kv-memory of at least {least} bytes"
         raise Refused(Refusal.NO_MEMORY, message)
     pages = min(pages, _MOST_PAGES)
-    tables = Tables.nbytes(pages, geometry.rows, geometry.row_entries, geometry.page_size)
+    tables = Tables.nbytes(pages, geometry.rows, geometry.row_entries, geometry.page_size, geometry.scales)
     room = available_bytes(state.root) + _held(state.pool)
-    if pool_bytes + tables > room:
+    on_host = pool_bytes if place.kind is PoolKind.HOST else 0
+    if on_host + tables > room:
         message = (
-            f"a page pool of {_gib(pool_bytes)} with tables of {_gib(tables)} does not fit: {_gib(room)} are left "
+            f"a page pool of {_gib(on_host)} with tables of {_gib(tables)} does not fit: {_gib(room)} are left "
             "(the least of tmpfs, free memory and the cgroup's limit); choose a smaller --kv-memory"
         )
         raise Refused(Refusal.NO_MEMORY, message)
@@ -182,7 +227,7 @@ def discard(state: StateDir) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_header(tables: Tables, geometry: Geometry, fingerprint: str) -> None:
+def _write_header(tables: Tables, geometry: Geometry, fingerprint: str, place: Place) -> None:
     header = tables.header
     header[Header.MAGIC] = TABLES_MAGIC
     header[Header.LAYOUT] = LAYOUT_VERSION
@@ -197,7 +242,9 @@ def _write_header(tables: Tables, geometry: Geometry, fingerprint: str) -> None:
     header[Header.LAYOUT_ID] = geometry.layout_id
     header[Header.MAX_MODEL_LEN] = geometry.max_model_len
     header[Header.PAGE_BYTES] = geometry.page_bytes
-    header[Header.POOL_UUID : Header.POOL_UUID + 2] = np.frombuffer(secrets.token_bytes(16), np.uint64)
+    header[Header.POOL_KIND] = place.kind
+    header[Header.DEVICE_UUID : Header.DEVICE_UUID + 2] = np.frombuffer(place.device, np.uint64)
+    name(header)
     header[Header.BOOT_ID : Header.BOOT_ID + 2] = np.frombuffer(_boot_id(), np.uint64)
     header[Header.FINGERPRINT : Header.FINGERPRINT + 4] = np.frombuffer(bytes.fromhex(fingerprint), np.uint64)
     header[Header.READY] = 1
@@ -214,11 +261,11 @@ def _make_file(path: Path, size: int, backed: bool) -> None:
         os.close(fd)
 
 
-def _map_tables(path: Path, writable: bool, pages: int, rows: int, entries: int, page_size: int) -> Tables:
+def _map_tables(path: Path, writable: bool, shape: tuple[int, int, int, int, int]) -> Tables:
     fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
-        return Tables(memoryview(mmap.mmap(fd, 0, prot=protection)), pages, rows, entries, page_size)
+        return Tables(memoryview(mmap.mmap(fd, 0, prot=protection)), *shape)
     finally:
         os.close(fd)
 

@@ -10,12 +10,15 @@ from typing import Final
 import numpy as np
 import structlog
 
+from kvmanager import answers
 from kvmanager import pool as pools
-from kvmanager.core import Granted, ManagerCore
+from kvmanager.asked import Asked
+from kvmanager.core import ManagerCore
+from kvmanager.device.memory import Exporter, load_driver
+from kvmanager.device.owner import TakeOffer, allocate, have_memory
 from kvmanager.errors import Refusal, Refused
 from kvmanager.fsck import Report, check_manager
-from kvmanager.geometry import asked_geometry, difference
-from kvmanager.layout import Geometry
+from kvmanager.layout import PoolKind
 from kvmanager.pins import Pin, Pinned
 from kvmanager.pool import REMEDY, CannotAdopt, Pool
 from kvmanager.records import Records
@@ -32,6 +35,10 @@ _EXPIRY_SECONDS: Final = 1.0  # how often ended records are looked for
 _MOST_OUTPUTS: Final = 1024  # of one request
 
 
+def _real_exporter(kind: PoolKind) -> Exporter:
+    return load_driver().exporter(kind)
+
+
 class Manager:
     """The daemon's state: a pool, its core and the records, from the first attach on.
 
@@ -45,6 +52,7 @@ class Manager:
         ttl: float,
         hit: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        exporter: Callable[[PoolKind], Exporter] = _real_exporter,
     ) -> None:
         """Adopts what an earlier manager left. quota: bytes of records; ttl: seconds. Raises CannotAdopt."""
         self._state = state
@@ -52,6 +60,7 @@ class Manager:
         self._ttl = ttl
         self._hit = hit
         self._clock = clock
+        self._exporter = exporter
         self._next_expiry = 0.0
         self.incarnation = secrets.token_bytes(16)
         self.pool: Pool | None = None
@@ -74,21 +83,28 @@ class Manager:
     def epoch(self) -> int:
         return self.core.epoch if self.core is not None else 0
 
-    def attach(self, request: kv.AttachRequest) -> kv.Reply:
-        """The holder of executor.lock, and nobody else. Makes the pool when there is none."""
-        try:
-            return kv.Reply(attach=self._attach(request))
-        except Refused as refused:
-            return error_reply(refused)
+    def attach(self, request: kv.AttachRequest, take_offer: TakeOffer = lambda pool_uuid: None) -> kv.Reply:
+        """The holder of executor.lock, and nobody else. Makes the pool when there is none.
 
-    def _attach(self, request: kv.AttachRequest) -> kv.AttachResponse:
+        For a pool on a device every earlier executor is proved dead. take_offer(pool uuid): the descriptor of that
+        pool's memory, if the executor still has it; the manager's from then on.
+        """
+        try:
+            return kv.Reply(attach=self._attach(request, take_offer))
+        except Refused as refused:
+            return answers.error_reply(refused)
+
+    def _attach(self, request: kv.AttachRequest, take_offer: TakeOffer) -> kv.AttachResponse:
         if len(request.executor_id) != 16 or request.executor_id != read_id(self._state.executor_lock):
             raise Refused(Refusal.STALE_EPOCH, "executor.lock names another executor")
-        asked = asked_geometry(request)
-        is_new = self.pool is None or not self._serves(self.pool, asked, request.fingerprint)
+        asked = Asked.of(request)
+        is_new = self.pool is None or not self._serves(self.pool, asked)
         if is_new:
-            self._make_pool(asked, request)
+            self._make_pool(asked, request.pool_bytes)
         assert self.pool is not None and self.core is not None and self.records is not None
+        if asked.place.kind is not PoolKind.HOST:
+            exporter = self._exporter(asked.place.kind)
+            is_new = have_memory(self.pool, self.core, request.device.mapped_pool, take_offer, exporter) or is_new
         self.core.prefix_cache = request.prefix_cache
         epoch = self.core.attach(request.executor_id)
         self._hit("kvmanager.attach.after")
@@ -98,11 +114,12 @@ class Manager:
             pool_is_new=is_new,
             pages=self.pool.geometry.pages,
             keys=sorted(self.records.unfinished_keys | {key for key, _ in self.core.live_rows}),
+            export=answers.export(self.pool),
         )
 
-    def _serves(self, pool: Pool, asked: Geometry, fingerprint: str) -> bool:
+    def _serves(self, pool: Pool, asked: Asked) -> bool:
         """Whether the pool there can be used. False: it may be replaced. Raises Refused(WRONG_MODEL)."""
-        different = difference(pool.geometry, pool.fingerprint, asked, fingerprint)
+        different = asked.difference(pool)
         if not different:
             return True
         assert self.core is not None and self.records is not None
@@ -115,14 +132,30 @@ class Manager:
             "executor with the same model and flags, or drop them with `pagehold up --discard`",
         )
 
-    def _make_pool(self, asked: Geometry, request: kv.AttachRequest) -> None:
-        geometry = pools.fitting(self._state, asked, request.pool_bytes)
+    def _make_pool(self, asked: Asked, pool_bytes: int) -> None:
+        geometry = pools.fitting(self._state, asked.geometry, pool_bytes, asked.place)
+        if self.pool is not None:
+            self.pool.close()  # before the next one: a device may not have room for both
+        memory = None
         try:
-            self._build(pools.create(self._state, geometry, request.fingerprint))
+            if asked.place.kind is not PoolKind.HOST:
+                memory = allocate(self._exporter(asked.place.kind), asked.place, geometry.pages * geometry.page_bytes)
+            self._build(pools.create(self._state, geometry, asked.fingerprint, asked.place, asked.scales))
         except OSError as error:
             self.pool = self.core = self.records = None  # the files of an older pool may be gone
+            if memory is not None:
+                memory.close()
             message = f"cannot make the page pool: {error.strerror}; choose a smaller --kv-memory"
             raise Refused(Refusal.NO_MEMORY, message) from error
+        if memory is not None:
+            assert self.pool is not None
+            self.pool.hold(memory)
+
+    def hand_over(self, executor_id: bytes, send: Callable[[bytes, bytes, int], None]) -> None:
+        """Gives the attached executor what its answer cannot carry. send(executor id, pool uuid, descriptor)."""
+        memory = self.pool.memory if self.pool is not None else None
+        if self.pool is not None and memory is not None and memory.fd is not None:
+            send(executor_id, self.pool.uuid, memory.fd)
 
     def call(self, call: kv.Call) -> kv.Reply:
         """One call of the attached executor."""
@@ -130,11 +163,11 @@ class Manager:
         try:
             match call.WhichOneof("call"):
                 case "ensure_rows":
-                    return kv.Reply(ensure_rows=ensure_rows(self.core, call.ensure_rows))
+                    return kv.Reply(ensure_rows=answers.ensure_rows(self.core, call.ensure_rows))
                 case "ensure":
-                    return kv.Reply(ensure=_ensure(self.core, call.ensure))
+                    return kv.Reply(ensure=answers.ensure(self.core, call.ensure))
                 case "fork":
-                    return kv.Reply(fork=_fork(self.core, call.fork))
+                    return kv.Reply(fork=answers.fork(self.core, call.fork))
                 case "open":
                     return kv.Reply(open=self._open(self.core, self.records, call.open.record))
                 case "trim":
@@ -151,7 +184,7 @@ class Manager:
                 case _:
                     raise Refused(Refusal.INVALID, "a call of no known kind")
         except Refused as refused:
-            return error_reply(refused)
+            return answers.error_reply(refused)
 
     def _open(self, core: ManagerCore, records: Records, record: kv.RequestRecord) -> kv.OpenResponse:
         found = records.find(record)
@@ -233,48 +266,6 @@ class Manager:
             prefix_query_tokens=self.core.query_tokens,
             pinned_pages=len(self.core.pins.pages),
         )
-
-
-def error_reply(refused: Refused) -> kv.Reply:
-    return kv.Reply(error=kv.Error(reason=f"ERROR_REASON_{refused.reason.name}", message=str(refused)))
-
-
-def ensure_rows(core: ManagerCore, ask: kv.EnsureRowsRequest) -> kv.EnsureRowsResponse:
-    """Raises Refused."""
-    columns = [np.fromiter(column, np.int64, len(column)) for column in (ask.rows, ask.capacities, ask.headrooms)]
-    generations = np.fromiter(ask.row_generations, np.uint64, len(ask.row_generations))
-    if len({len(generations), *map(len, columns)}) > 1:
-        raise Refused(Refusal.INVALID, "the columns of `ensure_rows` differ in length")
-    rows, capacities, headrooms = columns
-    return kv.EnsureRowsResponse(capacities=core.ensure_rows(rows, generations, capacities, headrooms).tolist())
-
-
-def _ensure(core: ManagerCore, ask: kv.EnsureRequest) -> kv.EnsureResponse:
-    granted = core.ensure(ask.key, ask.index, ask.capacity, ask.headroom, ask.keep_free)
-    return kv.EnsureResponse(
-        row=granted.row,
-        row_generation=granted.generation,
-        capacity=granted.capacity,
-        cached_tokens=granted.cached,
-        copy=_copy(granted),
-    )
-
-
-def _fork(core: ManagerCore, ask: kv.ForkRequest) -> kv.ForkResponse:
-    parent = (ask.from_index, ask.from_row_generation, ask.length)
-    granted = core.fork(ask.key, ask.index, *parent, ask.capacity, ask.headroom, ask.keep_free)
-    return kv.ForkResponse(
-        row=granted.row,
-        row_generation=granted.generation,
-        capacity=granted.capacity,
-        shared_tokens=granted.cached,
-        copy=_copy(granted),
-    )
-
-
-def _copy(granted: Granted) -> kv.PageCopy | None:
-    copy = granted.copy
-    return kv.PageCopy(page=copy.page, page_generation=copy.generation, tokens=copy.tokens) if copy else None
 
 
 def _check_record(core: ManagerCore, records: Records, record: kv.RequestRecord) -> None:

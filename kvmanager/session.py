@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 import grpc
 import structlog
 
+from kvmanager.answers import error_reply
+from kvmanager.device.leash import Leash
 from kvmanager.errors import Refusal, Refused
 from kvmanager.pins import Pin
-from kvmanager.service import Manager, error_reply
+from kvmanager.service import Manager
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime.progress import Progress
@@ -18,6 +22,9 @@ from pagehold.runtime.progress import Progress
 log = structlog.get_logger()
 
 _TURN_SECONDS: Final = 10.0  # a turn that takes longer is a hang; making memory for an extent may take a while
+_GREETING_SECONDS: Final = 1.0  # it is sent before the attach, over another socket
+_ROOM_SECONDS: Final = 5.0  # until a device that lacks memory is believed to
+_ROOM_LOOK_SECONDS: Final = 0.2
 _FSCK_SECONDS: Final = 120.0  # a check looks at every page and every record
 _MOST_FINDINGS: Final = 1000  # in one answer
 
@@ -31,11 +38,20 @@ UnpinContext = grpc.aio.ServicerContext[kv.UnpinRequest, kv.UnpinResponse]
 class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
     """Turns run to their end on the event loop, one message at a time: no call sees half of another."""
 
-    def __init__(self, manager: Manager, progress: Progress, on_fault: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        manager: Manager,
+        progress: Progress,
+        on_fault: Callable[[Exception], None],
+        leash: Leash | None = None,
+    ) -> None:
         """on_fault: told of an exception that is no refusal; nothing is served from then on.
 
         What is derived may be half-changed then. What is stored never is: the next manager adopts it.
+        leash: for pools on devices.
         """
+        self._leash = leash
+        self._proved = b""  # the executor that is known to be alone on the device
         self._manager = manager
         self._progress = progress
         self._on_fault = on_fault
@@ -50,11 +66,39 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
         me = object()
         try:
             async for request in request_iterator:
-                yield self._turn(me, request)
+                if self._leash is not None and request.calls and request.calls[0].attach.device.kind:
+                    yield await self._attach_device(me, request, self._leash, context)
+                else:
+                    yield self._turn(me, request)
         finally:
             if self._current is me:
                 self._current = None
                 log.info("executor's session ended", epoch=self._manager.epoch)
+
+    async def _attach_device(
+        self, me: object, request: kv.SessionRequest, leash: Leash, context: SessionContext
+    ) -> kv.SessionResponse:
+        """The turn of an attach to a pool on a device: once the executor has greeted, and the former one is dead.
+
+        Only this session waits.
+        """
+        attach = request.calls[0].attach
+        if not await leash.greeting(attach.executor_id, _GREETING_SECONDS):
+            # Its greeting may have gone to the manager before this one: it comes again.
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody has greeted on leash.sock")
+        await leash.others_gone(attach.executor_id)
+        self._proved = attach.executor_id
+        deadline = time.monotonic() + _ROOM_SECONDS
+        while True:
+            response = self._turn(me, request)
+            lacks = response.replies[0].error.reason == kv.ERROR_REASON_NO_MEMORY
+            if not lacks or time.monotonic() > deadline:
+                break
+            # What processes had that were killed a moment ago comes back a while after their death.
+            await asyncio.sleep(_ROOM_LOOK_SECONDS)
+        if response.replies[0].HasField("attach"):
+            self._manager.hand_over(attach.executor_id, leash.hand_over)
+        return response
 
     def _turn(self, me: object, request: kv.SessionRequest) -> kv.SessionResponse:
         self.guard()
@@ -76,7 +120,13 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
         return self._manager.call(call)
 
     def _attach(self, me: object, request: kv.AttachRequest) -> kv.Reply:
-        reply = self._manager.attach(request)
+        leash = self._leash
+        if leash is None or not request.device.kind:
+            reply = self._manager.attach(request)
+        elif request.executor_id == self._proved:
+            reply = self._manager.attach(request, lambda pool: leash.take_offer(request.executor_id, pool))
+        else:
+            reply = error_reply(Refused(Refusal.STALE_EPOCH, "attach comes first, and after a greeting on leash.sock"))
         if reply.HasField("attach"):
             # An older session is over: its executor is dead, or this is the same one again.
             self._current = me

@@ -80,7 +80,14 @@ class ComponentSettings(StateDirSettings):
     parent_pid: CliSuppress[int] = Field(0, description="the supervisor, with which this process dies; 0: none")
 
 
-class KvManagerSettings(ComponentSettings):
+class DevicePoolSettings(ComponentSettings):
+    """What both ends of a pool in device memory must agree on."""
+
+    pool: Literal["ipc", "vmm"] = Field("ipc", description="CUDA: how GPU pages are handed over")
+    cuda_driver: CliSuppress[str] = Field("", description="module that stands in for CUDA's memory, for tests")
+
+
+class KvManagerSettings(DevicePoolSettings):
     """The owner of the page pool."""
 
     discard: bool = Field(False, description="drop shared state that cannot be adopted and start afresh")
@@ -88,7 +95,7 @@ class KvManagerSettings(ComponentSettings):
     record_quota: Bytes = Field(1 << 30, gt=0, description="bytes that request records and logs may take")
 
 
-class ExecutorSettings(ComponentSettings):
+class ExecutorSettings(DevicePoolSettings):
     """The process that runs the model."""
 
     model: str | None = Field(None, description="folder, .gguf file or hub id; default: the model of the demo extra")
@@ -96,14 +103,14 @@ class ExecutorSettings(ComponentSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     runner: Literal["auto", "reference"] = Field("auto", description="reference: torch, slow, for tests")
     dtype: Dtype = Field("bfloat16", description="arithmetic of the model; float16 on CUDA, float32 on CPUs only")
-    kv_dtype: KvDtype | None = Field(None, description="element type of the pages; default: the dtype; fp8_e4m3 on CUDA")
+    kv_dtype: KvDtype | None = Field(None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA")
     deterministic: bool = Field(False, description="CUDA: tokens do not depend on what else runs; CPUs always are")
     page_size: int = Field(16, ge=8, le=128, description="tokens in a page")
     kv_memory: Bytes | None = Field(None, gt=0, description="size of the page pool, such as 2GiB")
     memory_fraction: float = Field(0.90, gt=0, le=1, description="of the free memory that --kv-memory may take")
     max_model_len: int | None = Field(None, gt=0, description="tokens, prompt and answer; default: the model's")
     max_num_seqs: int = Field(128, ge=1, le=4096, description="sequences that run at once")
-    max_batch_tokens: int = Field(512, ge=16, description="tokens computed in one step")
+    max_batch_tokens: int | None = Field(None, ge=16, description="tokens in one step; default: CPUs 512, GPUs 2048")
     prefix_cache: bool = Field(True, description="share pages of equal prefixes")
     fork: bool = Field(True, description="outputs of one request share the pages of their prompt; off for debugging")
     threads: int | None = Field(None, ge=1, description="compute threads; default: the processors of this process")

@@ -73,6 +73,11 @@ class StateDir:
     def executor_socket(self) -> Path:
         return self.root / "executor.sock"
 
+    @property
+    def leash_socket(self) -> Path:
+        """Where file descriptors go between executor and manager."""
+        return self.root / "leash.sock"
+
     def progress(self, component: str) -> Path:
         return self.root / f"{component}.progress"
 
@@ -84,7 +89,7 @@ class StateDir:
             self.records.rmdir()
         files = (self.tables, self.tables.with_suffix(".new"), self.pool)
         locks = (self.manager_lock, self.executor_lock, self.supervisor_lock)
-        sockets = (self.kvmanager_socket, self.executor_socket)
+        sockets = (self.kvmanager_socket, self.executor_socket, self.leash_socket)
         # Locks last: once they are gone the folder may be another's.
         for path in (*files, *sockets, *self.root.glob("*.progress"), *locks):
             path.unlink(missing_ok=True)

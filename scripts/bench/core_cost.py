@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from kvmanager.answers import ensure_rows
 from kvmanager.core import Granted, ManagerCore
 from kvmanager.layout import RequestLog, Tables, request_key
 from kvmanager.prefix import root_hash
-from kvmanager.service import ensure_rows
 from kvmanager.source import Source
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 

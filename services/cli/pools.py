@@ -67,6 +67,8 @@ def _fields(folder: Folder) -> dict[str, Any]:
         "epoch": folder.epoch,
         "fingerprint": folder.fingerprint[:12],
         "pool_bytes": folder.pool_bytes,
+        "device": folder.device,
+        "device_bytes": folder.device_bytes,
         "tables_bytes": folder.tables_bytes,
         "records_bytes": folder.records_bytes,
         "records": folder.records,
@@ -82,7 +84,8 @@ def _render(folders: list[Folder]) -> str:
         pids = f"kvmanager {folder.manager_pid or '-'}, executor {folder.executor_pid or '-'}"
         life = "live" if folder.is_live else "dead"
         lines.append(f"{folder.path}: {life}, {pids}, {_age(folder.age_seconds)} old")
-        sizes = f"pool {_mib(folder.pool_bytes)}, tables {_mib(folder.tables_bytes)}"
+        where = f"pool {_mib(folder.device_bytes)} on {folder.device}" if folder.device else ""
+        sizes = f"{where or f'pool {_mib(folder.pool_bytes)}'}, tables {_mib(folder.tables_bytes)}"
         records = f"{folder.records} records ({folder.unfinished} not ended) {_mib(folder.records_bytes)}"
         lines.append(f"  {sizes}, {records}; epoch {folder.epoch}, model {folder.fingerprint[:12] or '-'}")
         if folder.condition is Condition.NO_TABLES and folder.nbytes:

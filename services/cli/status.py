@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from kvmanager.geometry import read_shape
 from kvmanager.layout import (
     HEADER_WORDS,
     LOW32,
@@ -73,7 +74,7 @@ def _read_tables(state: StateDir) -> Tables | None:
     if len(raw) < HEADER_WORDS * 8:
         return None
     header = np.frombuffer(raw, np.uint64, HEADER_WORDS)
-    shape = [int(header[word]) for word in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)]
+    shape = read_shape(header)
     return Tables(memoryview(raw), *shape) if len(raw) == Tables.nbytes(*shape) else None
 
 

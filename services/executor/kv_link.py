@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Final
 
@@ -29,6 +29,7 @@ _MOST_CALLS: Final = 256
 _MOST_BYTES: Final = 8 << 20
 _RETRY_SECONDS: Final = 0.02
 
+Attach = kv.AttachRequest | Callable[[], Awaitable[kv.AttachRequest]]  # made anew before each attach
 OnReply = Callable[[kv.Call, kv.Reply], None]
 OnAttach = Callable[[kv.AttachResponse], None]
 OnFatal = Callable[[kv.Error], None]
@@ -42,9 +43,7 @@ class ProtocolError(Exception):
 class KvLink:
     """Runs on the event loop; the callbacks must be quick and must not block."""
 
-    def __init__(
-        self, address: str, attach: kv.AttachRequest, on_attach: OnAttach, on_reply: OnReply, on_fatal: OnFatal
-    ) -> None:
+    def __init__(self, address: str, attach: Attach, on_attach: OnAttach, on_reply: OnReply, on_fatal: OnFatal) -> None:
         self._address = address
         self._attach = attach
         self._on_attach = on_attach
@@ -123,7 +122,8 @@ class KvLink:
 
     async def _write(self, stream: Stream) -> None:
         try:
-            await stream.write(kv.SessionRequest(calls=[kv.Call(attach=self._attach)]))
+            attach = self._attach if isinstance(self._attach, kv.AttachRequest) else await self._attach()
+            await stream.write(kv.SessionRequest(calls=[kv.Call(attach=attach)]))
             while True:
                 while not self._unsent:
                     self._wake.clear()

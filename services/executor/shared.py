@@ -1,4 +1,7 @@
-"""The executor's view of the shared files: `tables` read-only, the pool read and written."""
+"""The executor's view of the shared files: `tables` read-only, the pool read and written.
+
+A pool on a device has no file: `DevicePool` opens its memory.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from kvmanager.geometry import read_geometry, read_shape
 from kvmanager.layout import (
+    F32,
     HEADER_WORDS,
     LOW32,
     NO_PAGE,
+    U64,
+    Geometry,
     Header,
     PageState,
     RowState,
@@ -34,7 +41,6 @@ class SharedPool:
     def __init__(self, state: StateDir) -> None:
         self._state = state
         self._tables: Tables | None = None
-        self._uuid = b""
         self.pages = 0
         self.page_size = 0
 
@@ -51,26 +57,37 @@ class SharedPool:
     def epoch(self) -> int:
         return int(self.tables.header[Header.EPOCH]) if self._tables is not None else 0
 
+    @property
+    def geometry(self) -> Geometry:
+        """With the strides of a page's elements."""
+        return read_geometry(self.tables.header)
+
+    @property
+    def scales(self) -> F32:
+        """Of fp8 pages, float32 [layers, K and V, kv_heads]: an element's value over what is stored. Else empty."""
+        geometry = self.geometry
+        return self.tables.scales.reshape(-1, 2, geometry.kv_heads)
+
+    @property
+    def pool_uuid(self) -> bytes:
+        """Of the manager's pool as it is now. On a device another memory behind the same tables has another."""
+        return _uuid(self.tables.header)
+
     def map(self) -> memoryview:
         """Maps both files; returns the pool's bytes."""
-        raw = _map(self._state.tables, mmap.PROT_READ)
-        header = np.frombuffer(raw, np.uint64, HEADER_WORDS)
-        pages, rows, entries, page_size = (
-            int(header[word]) for word in (Header.PAGES, Header.ROWS, Header.ROW_ENTRIES, Header.PAGE_SIZE)
-        )
-        self._tables = Tables(memoryview(raw), pages, rows, entries, page_size)
-        self._uuid = self._pool_uuid()
-        self.pages, self.page_size = pages, page_size
+        self.map_tables()
         return memoryview(_map(self._state.pool, mmap.PROT_READ | mmap.PROT_WRITE))
 
-    def _pool_uuid(self) -> bytes:
-        return self.tables.header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes()
+    def map_tables(self) -> None:
+        raw = _map(self._state.tables, mmap.PROT_READ)
+        self._tables = Tables(memoryview(raw), *read_shape(np.frombuffer(raw, np.uint64, HEADER_WORDS)))
+        self.pages, self.page_size = self._tables.page_tokens.shape
 
     def still_the_same(self) -> bool:
-        """Whether a manager that came back serves the files that are mapped here."""
+        """Whether a manager that came back serves the tables that are mapped here."""
         with self._state.tables.open("rb") as file:
             header = np.frombuffer(file.read(HEADER_WORDS * 8), np.uint64)
-        return header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes() == self._uuid
+        return _uuid(header) == self.pool_uuid
 
     def bind(self, sequence: Sequence) -> None:
         """Points the sequence at its row."""
@@ -118,6 +135,10 @@ class SharedPool:
             sequence.computed = self.usable_computed(sequence)
             found.append(sequence)
         return found
+
+
+def _uuid(header: U64) -> bytes:
+    return header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes()
 
 
 def _map(path: Path, protection: int) -> mmap.mmap:

@@ -11,7 +11,7 @@ from tests.unit.cli.command import Command
 
 KEYS = {
     "path", "live", "held_by", "manager_pid", "executor_pid", "age_seconds", "condition", "reason", "epoch",
-    "fingerprint", "pool_bytes", "tables_bytes", "records_bytes", "records", "unfinished",
+    "fingerprint", "pool_bytes", "device", "device_bytes", "tables_bytes", "records_bytes", "records", "unfinished",
 }  # fmt: skip
 
 

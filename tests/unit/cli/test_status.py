@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 
+from kvmanager.device.memory import uuid_name
+from kvmanager.layout import PoolKind
 from kvmanager.service import Manager
+from pagehold.runtime.lock import FileLock
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.statedir import StateDir
+from tests.device.fake_memory import DEVICE
 from tests.unit.cli.command import Command
 from tests.unit.kvmanager.files import close_call, key_of
+from tests.unit.kvmanager.test_device_pool import attach, device_request, manager_of
 
 
 def pool_of(pagehold: Command, state: StateDir) -> dict[str, int]:
@@ -27,6 +32,19 @@ def test_pinned_pages_are_used_pages(pagehold: Command, state: StateDir, manager
     assert manager.stats(False).free_pages == 38
     assert pagehold("status", "--state-dir", state.root) == 0
     assert "40 of 16 tokens, 38 free, 0 shared, 2 pinned" in pagehold.out
+
+
+def test_a_pool_on_a_device_is_shown_with_its_device(pagehold: Command, state: StateDir) -> None:
+    request = device_request(b"1" * 16, PoolKind.IPC, kv_dtype="fp8_e4m3")
+    request.scales.extend([1.0, 0.5])
+    assert attach(manager_of(state), state, request).HasField("attach")
+    state.manager_lock.touch()
+    assert pool_of(pagehold, state) == {"pages": 81, "free": 81, "shared": 0, "pinned": 0, "page_size": 16}
+    lock = FileLock(state.manager_lock)
+    lock.acquire()
+    assert pagehold("pools", state.root) == 0
+    assert f"pool 0.1 MiB on {uuid_name(DEVICE)}, tables" in pagehold.out
+    lock.release()
 
 
 def test_findings_between_calls_are_shown(pagehold: Command, state: StateDir, manager: Manager) -> None:

@@ -97,7 +97,16 @@ def close_call(name: str, generation: int) -> kv.Call:
     return kv.Call(close=kv.CloseRequest(key=key_of(name), row_generation=generation))
 
 
+def log_keys(records: Path) -> list[str]:
+    """Of all records."""
+    return [path.stem for path in records.glob("*.log")]
+
+
 def executor_log(records: Path, name: str) -> list[OutputLog]:
     """The log as its executor maps it: writable."""
-    data = np.memmap(records / f"{key_of(name)}.log", np.uint8, "r+")
+    return key_log(records, key_of(name))
+
+
+def key_log(records: Path, key: str) -> list[OutputLog]:
+    data = np.memmap(records / f"{key}.log", np.uint8, "r+")
     return RequestLog(memoryview(data)).outputs

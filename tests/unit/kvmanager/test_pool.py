@@ -135,13 +135,14 @@ def test_half_made_files_are_removed(state: StateDir) -> None:
     [
         (Header.MAGIC, 5, "not a Pagehold header"),
         (Header.READY, 0, "not a Pagehold header"),
-        (Header.LAYOUT, 99, "has layout version 99, this is 2"),
+        (Header.LAYOUT, 99, "has layout version 99, this is 3"),
         (Header.BOOT_ID, 1, "before the last boot"),
         (Header.PAGES, 21, "wrong length"),
         (Header.PAGES, 1 << 60, "wrong length"),
         (Header.PAGE_BYTES, 1, "wrong page size"),
         (Header.KV_DTYPE, 9, "is damaged"),
         (Header.POOL_BYTES, 1 << 40, "is not the pool of"),
+        (Header.POOL_KIND, 1, "wrong kind of pool"),
     ],
 )
 def test_a_header_that_is_not_ours_is_refused(state: StateDir, word: Header, value: int, message: str) -> None:

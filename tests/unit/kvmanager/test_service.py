@@ -88,7 +88,6 @@ def test_attach_names_what_is_not_over(state: StateDir) -> None:
     [
         ({"page_size": 32}, "page size"),
         ({"kv_dtype": "float32"}, "element type"),
-        ({"layout_id": 2}, "page layout"),
         ({"layers": 2}, "page shape"),
         ({"max_model_len": 1024}, "context length"),
         ({"rows": 9}, "number of rows"),
@@ -117,7 +116,9 @@ def test_another_model_is_refused_and_smaller_demands_are_not(state: StateDir) -
     assert not manager.attach(attach_request(b"1" * 16, max_model_len=100, rows=2)).attach.pool_is_new
 
 
-@pytest.mark.parametrize("wrong", [{"kv_dtype": "float8"}, {"rows": 0}, {"page_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"kv_dtype": "float8"}, {"kv_dtype": "float16"}, {"rows": 0}, {"page_size": 0}, {"layout_id": 2}]
+)
 def test_a_geometry_with_holes_is_invalid(state: StateDir, wrong: dict[str, object]) -> None:
     manager = manager_of(state)
     take_lock(state, b"1" * 16).release()

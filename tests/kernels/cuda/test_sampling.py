@@ -168,6 +168,17 @@ def test_changes_decide_among_few_tokens(host_cache: Path, schedule: str) -> Non
     check(Sampler(HostDevice(host_cache, schedule=schedule), vocab, "float32", SMALL), rows)
 
 
+def test_borders(host: HostDevice) -> None:
+    """The output starts right behind the prompt; min-p keeps a weight just above it, and none just below."""
+    few = Sampler(host, 4, "float32", SMALL)
+    greedy = Sampling(temperature=0.0, presence_penalty=5.0)
+    logits = np.array([1.0, 0.9, 0.8, 0.7], np.float32)
+    assert check(few, [Row(logits, greedy, [3, 0], 1), Row(logits, greedy, [3, 0], 2)]) == [1, 0]
+    for z, drawn in ((-0.69, {0, 1}), (-0.696, {0})):
+        two = np.array([0.0, z, -np.inf, -np.inf], np.float32)
+        assert set(check(few, [Row(two, Sampling(seed=seed, min_p=0.5)) for seed in range(20)])) == drawn
+
+
 def test_as_it_is_launched_on_a_device(host: HostDevice) -> None:
     """A thousand threads, all in one range."""
     sampler = Sampler(host, 3000, "float32")

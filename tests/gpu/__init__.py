@@ -1,0 +1,1 @@
+"""What only a GPU can show. Skipped as a whole without one."""

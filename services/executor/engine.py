@@ -3,12 +3,21 @@
 One thread owns everything here. Frontends and the manager reach it through the inbox;
 calls to the manager go out in one message a turn and their replies come back as events, so
 no manager turn is ever waited for while there is something to compute.
+
+On a device that runs by itself (`Runner.depth` 1) the engine is one step ahead:
+
+    turn        | ensure, plan b, submit b | collect a, commit a, publish | ensure, plan c, submit c | collect b ...
+    device   ... a ....................... | b .................................................... | c ...
+
+What is planned counts a as done; what is committed does not (`sequence`). Pages that a turn takes away may be
+written by the step that is under way: those calls, and all behind them, are sent when it is collected.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -24,6 +33,7 @@ from services.executor.inbox import (
     Disconnected,
     FromFrontend,
     Inbox,
+    PoolLost,
     Replied,
     Stop,
     Wake,
@@ -39,6 +49,15 @@ log = structlog.get_logger()
 _STEP_SECONDS = 10.0
 _SECONDS_PER_POSITION = 0.1
 _IDLE_SECONDS = 0.1  # how often deadlines and detached requests are looked at
+
+_TAKE_PAGES: Final = ("close", "trim")  # from rows that a step may be writing
+
+
+class Flight(NamedTuple):
+    """A step that was submitted and is not collected."""
+
+    plan: Plan
+    ticket: object  # the runner's
 
 
 class Engine:
@@ -69,6 +88,7 @@ class Engine:
         self._send = send
         self._clock = clock
         self._connections: list[publisher.Connection] = []
+        self._flight: Flight | None = None
         self._stopping = False
 
     def run(self) -> None:
@@ -78,6 +98,9 @@ class Engine:
             for event in self.inbox.take(0 if busy else _IDLE_SECONDS):
                 self._handle(event)
             busy = self.step()
+        if self._flight is not None:
+            self._land()
+            publisher.publish(self._connections)
 
     def step(self) -> bool:
         """One turn; whether there was anything to compute."""
@@ -85,42 +108,88 @@ class Engine:
         self.requests.expire(now)
         # What ended gives its pages back before anybody asks for more, and all of it comes before the plan:
         # making room may take a row away.
-        calls = self.requests.take_calls() + self.pages.ensure(now)
-        if calls:
-            failpoint.hit("executor.ensure.before")
-            self._send(calls)
-            failpoint.hit("executor.ensure.after")
+        late = self._call(self.requests.take_calls() + self.pages.ensure(now))
         plan = self.scheduler.plan()
+        landing, self._flight = self._flight, None
+        if not plan.chunks and landing is None:
+            publisher.publish(self._connections)
+            return False
+        self._begin(plan.positions + (landing.plan.positions if landing is not None else 0))
         if plan.chunks:
-            self._commit(plan, self._run(plan))
+            flight = self._submit(plan)
+            if self.runner.depth:
+                self._flight = flight
+            else:
+                landing = flight
+        if landing is not None:
+            self._commit(landing.plan, self._collect(landing))
+        if late:
+            self._send_all(late)
         publisher.publish(self._connections)
-        return bool(plan.chunks)
+        return True
 
-    def _run(self, plan: Plan) -> StepResult:
-        self.progress.begin_turn(_STEP_SECONDS + _SECONDS_PER_POSITION * plan.positions)
+    def _call(self, calls: list[kv.Call]) -> list[kv.Call]:
+        """Sends what may go now, in order; returns what waits for the step under way."""
+        late: list[kv.Call] = []
+        if self._flight is not None:
+            for number, call in enumerate(calls):
+                if call.WhichOneof("call") in _TAKE_PAGES:
+                    calls, late = calls[:number], calls[number:]
+                    break
+        if calls:
+            self._send_all(calls)
+        return late
+
+    def _send_all(self, calls: list[kv.Call]) -> None:
+        failpoint.hit("executor.ensure.before")
+        self._send(calls)
+        failpoint.hit("executor.ensure.after")
+
+    def _begin(self, positions: int) -> None:
+        self.progress.begin_turn(_STEP_SECONDS + _SECONDS_PER_POSITION * positions)
+
+    def _submit(self, plan: Plan) -> Flight:
         failpoint.hit("executor.run.before")
-        result = self.runner.step(plan.chunks)
+        ticket = self.runner.submit(plan.chunks)
+        for sequence, (_, start, count, _, samples) in zip(plan.sequences, plan.chunks, strict=True):
+            sequence.computed = start + count
+            if samples:
+                sequence.known = start + count + 1
+        return Flight(plan, ticket)
+
+    def _collect(self, flight: Flight) -> StepResult:
+        result = self.runner.collect(flight.ticket)
         failpoint.hit("executor.run.after")
         return result
 
+    def _land(self) -> None:
+        """Collects and commits the step under way, if there is one."""
+        landing, self._flight = self._flight, None
+        if landing is not None:
+            self._begin(landing.plan.positions)
+            self._commit(landing.plan, self._collect(landing))
+
     def _commit(self, plan: Plan, result: StepResult) -> None:
         """Token and log-probability first, then the progress word by one store."""
-        committed = decoded = 0
+        committed = decoded = dropped = 0
         tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
         for sequence, chunk, token, logprob in zip(plan.sequences, plan.chunks, tokens, logprobs, strict=True):
-            output, known = sequence.log, sequence.known
             _, start, count, _, samples = chunk
+            if sequence.row < 0:
+                dropped += count  # it ended, or lost its row, while the step was under way
+                continue
+            output, known, computed = sequence.log, sequence.committed, start + count
             if samples:
-                output.tokens[known] = token
+                output.tokens[computed] = token
                 if output.logprobs is not None:
-                    output.logprobs[known] = logprob
-                known += 1
+                    output.logprobs[computed] = logprob
+                known = computed + 1
                 committed += 1
                 decoded += count == 1
             failpoint.hit("executor.commit.before")
-            output.set_progress(start + count, known)
+            output.set_progress(computed, known)
             failpoint.hit("executor.commit.after")
-            sequence.computed, sequence.known = start + count, known
+            sequence.settled, sequence.committed = computed, known
             if samples:
                 length = known - sequence.prompt_length
                 reason = sequence.request.rules.reason(token, length)
@@ -128,7 +197,7 @@ class Engine:
                     self.requests.end(sequence, reason, length)
                 publisher.mark(sequence)
         self.decode_tokens += decoded
-        self.prefill_tokens += plan.positions - decoded
+        self.prefill_tokens += plan.positions - decoded - dropped
         self.progress.end_turn(committed)
 
     def _handle(self, event: object) -> None:
@@ -143,8 +212,13 @@ class Engine:
                 connection.closed = True
                 self._connections.remove(connection)
                 self.frontends.disconnected(connection)
-            case Attached(response):
+            case Attached(response, open_pool):
+                open_pool()
                 self.requests.adopt(response, self._clock())
+            case PoolLost(let_go):
+                self._land()
+                self.pages.lose_all()
+                let_go()
             case Stop():
                 self._stopping = True
             case Wake():

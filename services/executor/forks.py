@@ -40,7 +40,7 @@ def origin_of(request: Request, parked: Callable[[Sequence], bool]) -> Origin:
     """The lowest index wins, so all outputs agree on whom they wait for."""
     leader: Sequence | None = None
     for sequence in request.sequences:
-        if sequence.phase is Phase.RUNNING and sequence.computed >= sequence.prompt_length:
+        if sequence.phase is Phase.RUNNING and sequence.settled >= sequence.prompt_length:
             return Origin(sequence, leader)
         if leader is None and sequence.phase is not Phase.ENDED and not parked(sequence):
             leader = sequence

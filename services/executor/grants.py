@@ -50,7 +50,7 @@ def settle(sequence: Sequence, grant: Grant, pool: SharedPool, runner: Runner) -
     """Afterwards the sequence can run."""
     sequence.row, sequence.row_generation, sequence.capacity = grant.row, grant.generation, grant.capacity
     pool.bind(sequence)
-    sequence.computed = pool.usable_computed(sequence)
+    sequence.settle(pool.usable_computed(sequence))
     copied = _copy(sequence, grant, pool, runner) if grant.copy is not None else 0
     if not sequence.preempted and not sequence.length:
         # Of the prompt alone: what a later row finds cached is the sequence's own work as well. A fork
@@ -58,7 +58,7 @@ def settle(sequence: Sequence, grant: Grant, pool: SharedPool, runner: Runner) -
         cached = grant.source.cached_tokens if grant.source is not None else grant.shared + copied
         sequence.cached_tokens = cached
         sequence.log.set_cached_tokens(cached)
-    runner.prepare(sequence.lane)
+    runner.prepare(sequence.lane, sequence.committed)
 
 
 def _copy(sequence: Sequence, grant: Grant, pool: SharedPool, runner: Runner) -> int:
@@ -66,7 +66,7 @@ def _copy(sequence: Sequence, grant: Grant, pool: SharedPool, runner: Runner) ->
 
     None where the page holds something else by now: those tokens are computed like all others.
     """
-    copy, border, known = grant.copy, grant.shared, sequence.known
+    copy, border, known = grant.copy, grant.shared, sequence.committed
     assert copy is not None
     count = min(copy.tokens, pool.page_size, known - border)
     # Below `computed` nothing is written again, so only a row that is computed up to the border takes a copy.
@@ -76,5 +76,5 @@ def _copy(sequence: Sequence, grant: Grant, pool: SharedPool, runner: Runner) ->
     runner.copy_slots(copy.page, pool.page_at(sequence, border), count)
     failpoint.hit("executor.copy.after")
     sequence.log.set_progress(border + count, known)
-    sequence.computed = border + count
+    sequence.settle(border + count)
     return count

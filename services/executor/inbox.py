@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pagehold.executor.v1 import executor_pb2 as ex
@@ -32,6 +33,14 @@ class Attached:
     """The manager took this executor, for the first time or after a restart of its own."""
 
     response: kv.AttachResponse
+    open_pool: Callable[[], None] = lambda: None  # comes before anything that touches pages
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLost:
+    """The manager has lost the memory that is mapped: nothing of it counts, and nothing may use it any more."""
+
+    let_go: Callable[[], None]  # is called once that is so
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class Stop:
     """Finish the step in flight and return."""
 
 
-Event = Connected | Disconnected | FromFrontend | Attached | Replied | Wake | Stop
+Event = Connected | Disconnected | FromFrontend | Attached | PoolLost | Replied | Wake | Stop
 
 
 class Inbox:

@@ -7,7 +7,6 @@ Exit codes: 0 asked to stop; 1 a fault, or another executor has taken over: star
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import threading
@@ -19,16 +18,16 @@ import numpy as np
 import structlog
 import uvloop
 
-from kvmanager.geometry import asked_geometry, difference, read_fingerprint, read_geometry
+from kvmanager.geometry import asked_geometry, asked_place, difference, read_fingerprint, read_geometry, read_place
 from kvmanager.layout import HEADER_WORDS
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint, logs
 from pagehold.runtime.channel import server_options
-from pagehold.runtime.memory import default_pool_bytes
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
+from services.executor.backend import Backend, ConfigurationError, HostBackend, PoolGone
 from services.executor.engine import Engine
 from services.executor.frontends import Frontends
 from services.executor.inbox import Attached, Inbox, Replied, Stop
@@ -36,7 +35,6 @@ from services.executor.kv_link import KvLink
 from services.executor.modelstore.store import ModelError, PackedModel, open_model
 from services.executor.pages import Pages
 from services.executor.requests import Requests
-from services.executor.runner.base import Runner
 from services.executor.scheduler import Scheduler
 from services.executor.server import Description, ExecutorServicer
 from services.executor.shared import SharedPool
@@ -48,12 +46,7 @@ log = structlog.get_logger()
 EXIT_FAULT: Final = 1  # starting again may help
 EXIT_CONFIG: Final = 78  # EX_CONFIG: starting again will not help
 _PARK_AFTER: Final = 256  # unread tokens of a detached output
-_LAYOUT_ID: Final = 1
 _STOP_SECONDS: Final = 0.2
-
-
-class ConfigurationError(Exception):
-    """The settings do not fit the model or the machine; the message says what to do."""
 
 
 def main(settings: ExecutorSettings) -> int:
@@ -85,9 +78,9 @@ class _Executor:
         self._model = model
         self._max_model_len = _max_model_len(settings, model)
         self._kv_dtype = settings.kv_dtype or settings.dtype
-        self._runner = make_runner(settings, model, self._max_model_len)
         self._pool = SharedPool(state)
         self._inbox = Inbox()
+        self._backend = make_backend(settings, model, self._max_model_len, state, self._pool, self._inbox)
         self._trace = _open_trace(settings)
         self._fatal: kv.Error | None = None
         self._failed = False
@@ -105,18 +98,25 @@ class _Executor:
             self._tenure.progress.set_state(State.DOWN)
             return 0
         progress = self._tenure.progress
+        try:
+            request = self._attach_request(self._tenure.id)
+            request.pool_bytes = self._backend.pool_bytes(request)
+        except ConfigurationError as error:
+            return _refuse(str(error), EXIT_CONFIG)
         link = KvLink(
             f"unix:{self._state.kvmanager_socket}",
-            self._attach_request(self._tenure.id),
-            self._on_attach,
+            lambda: self._backend.prepared(request),
+            lambda response: self._on_attach(response, loop),
             lambda call, reply: self._inbox.put(Replied(call, reply)),
             self._on_fatal,
         )
         engine = self._make_engine(link, loop, progress)
         linking = asyncio.create_task(link.run())
         linking.add_done_callback(self._on_link_ended)
+        stepping = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)
+        stepping.start()
         if await self._unless_done(self._attached.wait()):
-            await self._serve_until_done(engine, loop, progress)
+            await self._serve_until_done(engine, progress, stepping)
         linking.cancel()
         progress.set_state(State.DOWN)
         return self._exit_code()
@@ -125,11 +125,12 @@ class _Executor:
         """Why this executor could never take over from the one that runs; empty when it could."""
         try:
             header = np.fromfile(self._state.tables, np.uint64, HEADER_WORDS)
-            there = read_geometry(header)
+            there, place = read_geometry(header), read_place(header)
         except (OSError, ValueError, IndexError):
             return ""  # no pool yet
-        asked = asked_geometry(self._attach_request(b""))
-        different = difference(there, read_fingerprint(header), asked, self._model.fingerprint)
+        request = self._attach_request(b"")
+        asked, wanted = asked_geometry(request), asked_place(request)
+        different = difference(there, read_fingerprint(header), asked, self._model.fingerprint, place, wanted)
         if not different:
             return ""
         return (
@@ -137,16 +138,14 @@ class _Executor:
             "choose another --state-dir, or the same model and flags"
         )
 
-    async def _serve_until_done(self, engine: Engine, loop: asyncio.AbstractEventLoop, progress: Progress) -> None:
-        thread = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)
-        thread.start()
+    async def _serve_until_done(self, engine: Engine, progress: Progress, stepping: threading.Thread) -> None:
         server = await self._serve(engine)
         progress.set_state(State.READY)
         log.info("ready", epoch=self._pool.epoch, pages=self._pool.pages - 1, model=self._model.name)
         await self._done.wait()
         progress.set_state(State.DRAINING)
         self._inbox.put(Stop())
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(stepping.join)
         await server.stop(_STOP_SECONDS)
 
     async def _unless_done(self, wanted: Coroutine[Any, Any, object]) -> bool:
@@ -166,12 +165,12 @@ class _Executor:
         if self._fatal is not None:
             lasting = (kv.ERROR_REASON_WRONG_MODEL, kv.ERROR_REASON_NO_MEMORY, kv.ERROR_REASON_INVALID)
             return _refuse(self._fatal.message, EXIT_CONFIG if self._fatal.reason in lasting else EXIT_FAULT)
-        self._runner.close()
+        self._backend.close()
         return 0
 
     def _attach_request(self, executor_id: bytes) -> kv.AttachRequest:
         settings, spec = self._settings, self._model.spec
-        return kv.AttachRequest(
+        request = kv.AttachRequest(
             executor_id=executor_id,
             fingerprint=self._model.fingerprint,
             geometry=kv.Geometry(
@@ -180,44 +179,53 @@ class _Executor:
                 head_dim=spec.head_dim,
                 page_size=settings.page_size,
                 kv_dtype=self._kv_dtype,
-                layout_id=_LAYOUT_ID,
                 max_model_len=self._max_model_len,
                 # Rows come back a turn after their sequence left, hence twice as many.
                 rows=2 * settings.max_num_seqs,
             ),
-            pool_bytes=settings.kv_memory or default_pool_bytes(self._state.root, settings.memory_fraction),
             prefix_cache=settings.prefix_cache,
         )
+        self._backend.describe(request)
+        return request
 
     def _make_engine(self, link: KvLink, loop: asyncio.AbstractEventLoop, progress: Progress) -> Engine:
-        settings = self._settings
-        scheduler = Scheduler(settings.page_size, settings.max_num_seqs, settings.max_batch_tokens, _PARK_AFTER)
-        requests = Requests(scheduler, self._pool, self._runner, self._state.records, self._model.eos_token_ids)
+        settings, runner = self._settings, self._backend.runner
+        scheduler = Scheduler(settings.page_size, settings.max_num_seqs, self._backend.max_batch_tokens, _PARK_AFTER)
+        requests = Requests(scheduler, self._pool, runner, self._state.records, self._model.eos_token_ids)
         frontends = Frontends(requests, self._pool, settings.prefix_cache)
-        pages = Pages(scheduler, requests, self._runner, self._pool, settings.prefix_cache, settings.fork)
+        pages = Pages(scheduler, requests, runner, self._pool, settings.prefix_cache, settings.fork)
 
         def send(calls: list[kv.Call]) -> None:
             loop.call_soon_threadsafe(link.send, calls)
 
-        parts = (self._runner, scheduler, requests, frontends, pages, self._inbox, send, progress)
+        parts = (runner, scheduler, requests, frontends, pages, self._inbox, send, progress)
         return Engine(*parts) if self._trace is None else TracedEngine(self._trace, *parts)
 
-    def _on_attach(self, response: kv.AttachResponse) -> None:
-        if not self._pool.mapped:
-            self._runner.map_pool(self._pool.map(), self._pool.pages, self._pool.page_size)
-        elif not self._pool.still_the_same():
-            # The manager started afresh: every page and log that this process maps is gone.
-            self._on_fatal(kv.Error(message="the manager has another pool now; starting again"))
+    def _on_attach(self, response: kv.AttachResponse, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            map_pool = self._backend.attached(response)
+        except ConfigurationError as error:
+            self._on_fatal(kv.Error(reason=kv.ERROR_REASON_INVALID, message=str(error)))
             return
-        self._inbox.put(Attached(response))
-        self._attached.set()
+        except PoolGone as gone:
+            self._on_fatal(kv.Error(message=str(gone)))
+            return
+
+        def open_pool() -> None:
+            map_pool()
+            loop.call_soon_threadsafe(self._attached.set)
+
+        self._inbox.put(Attached(response, open_pool))
 
     def _on_fatal(self, error: kv.Error) -> None:
         self._fatal = error
         self._done.set()
 
     def _on_link_ended(self, linking: asyncio.Task[None]) -> None:
-        if not linking.cancelled() and (error := linking.exception()) is not None:
+        error = linking.exception() if not linking.cancelled() else None
+        if isinstance(error, ConfigurationError):
+            self._on_fatal(kv.Error(reason=kv.ERROR_REASON_INVALID, message=str(error)))
+        elif error is not None:
             log.error("the manager's stream failed", exc_info=error)
             self._fail()
 
@@ -239,10 +247,10 @@ class _Executor:
             model=self._model,
             served_model_name=settings.served_model_name or self._model.name,
             max_model_len=self._max_model_len,
-            device="cpu",
+            device=self._backend.device,
             dtype=settings.dtype,
             kv_dtype=self._kv_dtype,
-            deterministic=self._runner.deterministic,
+            deterministic=self._backend.runner.deterministic,
         )
         server = grpc.aio.server(options=server_options())
         servicer = ExecutorServicer(description, self._pool, engine, self._inbox)
@@ -270,16 +278,17 @@ def _open_trace(settings: ExecutorSettings) -> StepTrace | None:
         raise ConfigurationError(f"--step-trace {settings.step_trace}: {error.strerror}") from error
 
 
-def make_runner(settings: ExecutorSettings, model: PackedModel, max_model_len: int) -> Runner:
-    """The runner that the settings name. Imports only the one that is used."""
-    kv_dtype = settings.kv_dtype or settings.dtype
-    if settings.device == "cuda":
-        raise ConfigurationError("--device cuda: this version runs on CPUs only; use --device cpu")
-    if settings.runner == "reference":
-        from services.executor.runner.reference import ReferenceRunner
+def make_backend(
+    settings: ExecutorSettings,
+    model: PackedModel,
+    max_model_len: int,
+    state: StateDir,
+    pool: SharedPool,
+    inbox: Inbox,
+) -> Backend:
+    """The one that the settings name. Imports nothing of CUDA unless it is used. Raises ConfigurationError."""
+    from services.executor import cuda_backend
 
-        return ReferenceRunner(model, settings.dtype, kv_dtype)
-    from services.executor.runner.cpu import CpuRunner
-
-    threads = settings.threads or len(os.sched_getaffinity(0))
-    return CpuRunner(model, settings.dtype, kv_dtype, threads, settings.cpu_isa)
+    if settings.device == "cuda" or (settings.device == "auto" and cuda_backend.is_there()):
+        return cuda_backend.CudaBackend(settings, model, max_model_len, state, pool, inbox)
+    return HostBackend(settings, model, state, pool)

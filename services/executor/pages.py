@@ -12,7 +12,7 @@ from __future__ import annotations
 import structlog
 
 from pagehold.kv.v1 import kv_manager_pb2 as kv
-from services.executor import calls, grants
+from services.executor import calls, grants, publisher
 from services.executor.admission import Admission
 from services.executor.grants import Grant
 from services.executor.preemption import choose_victim
@@ -103,7 +103,7 @@ class Pages:
     def _start(self, sequence: Sequence, grant: Grant) -> None:
         grants.settle(sequence, grant, self._pool, self._runner)
         if sequence.preempted:
-            sequence.resumed_at = sequence.known
+            sequence.resumed_at = sequence.committed
         self._scheduler.start(sequence)
 
     def _refused(self, sequence: Sequence, error: kv.Error) -> None:
@@ -197,9 +197,17 @@ class Pages:
     def preempt(self, sequence: Sequence) -> kv.Call:
         """Takes the row away; what is sealed stays cached and may be found again."""
         self.preemptions += 1
+        return self._lose_row(sequence)
+
+    def lose_all(self) -> None:
+        """The pool's memory is gone, and all rows with it: what is known is computed again."""
+        for sequence in list(self._scheduler.running):
+            sequence.request.recomputed = True
+            publisher.mark(sequence)
+            self._lose_row(sequence)
+
+    def _lose_row(self, sequence: Sequence) -> kv.Call:
         sequence.preempted = True
-        close = calls.close(sequence)
-        sequence.log.set_progress(0, sequence.known)  # before the close that ends the row
-        self._pool.unbind(sequence)
+        sequence.log.set_progress(0, sequence.committed)  # before the close that ends the row
         self._scheduler.preempt(sequence)
-        return close
+        return self._requests.give_up(sequence)

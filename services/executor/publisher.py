@@ -121,6 +121,9 @@ def _fill(connection: Connection, message: ex.ConnectResponse) -> None:
             request.describe = False
             _add_record(message, request)
             record_bytes += len(request.record.request)
+        if request.recomputed:
+            request.recomputed = False
+            message.recomputed.append(request.stream_id)
         start, end = sequence.cursor, sequence.length
         if start < end:
             first, last = sequence.prompt_length + start, sequence.prompt_length + end

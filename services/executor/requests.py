@@ -80,9 +80,16 @@ class Requests:
         failpoint.hit("executor.finish.after")
         self._scheduler.remove(sequence)
         if sequence.row >= 0:
-            self.call(calls.close(sequence))
-            self._pool.unbind(sequence)
+            self.call(self.give_up(sequence))
         publisher.mark(sequence)
+
+    def give_up(self, sequence: Sequence) -> kv.Call:
+        """Its row is not its own any more, and a step of it that is under way counts for nothing; the `close`."""
+        close = calls.close(sequence)
+        self._pool.unbind(sequence)
+        sequence.settle(0)
+        self._runner.release(sequence.lane)
+        return close
 
     def cancel(self, request: Request) -> None:
         for sequence in request.sequences:
@@ -145,7 +152,8 @@ class Requests:
                 self._pool.unbind(sequence)
             else:
                 sequence.phase = Phase.RUNNING
-                self._runner.prepare(sequence.lane)
+                sequence.settle(sequence.computed)
+                self._runner.prepare(sequence.lane, sequence.committed)
         for request in recovered.values():
             if not request.ended:
                 self.register(request)
@@ -177,8 +185,9 @@ class Requests:
             if sequence.phase is not Phase.ENDED:
                 if sequence.row < 0 and sequence.computed:
                     # No row, so nothing is computed: said before the first `ensure`, which relies on it.
-                    sequence.computed = 0
-                    sequence.log.set_progress(0, sequence.known)
+                    request.recomputed = True
+                    sequence.settle(0)
+                    sequence.log.set_progress(0, sequence.committed)
                 self._scheduler.add(sequence)
 
     def _tell(self, request: Request, failure: ex.Failure, detail: str) -> None:

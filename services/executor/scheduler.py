@@ -2,6 +2,8 @@
 
 Decodes come first, one position each, so that no stream waits for a neighbour's prompt;
 what is left of the token budget goes to prompts in order of arrival.
+
+The step before may still be under way: a plan counts its positions as computed and its tokens as known.
 """
 
 from __future__ import annotations
@@ -73,6 +75,8 @@ class Scheduler:
         for sequence in self.running:
             if sequence.known - sequence.computed > 1:
                 prefills.append(sequence)
+            elif sequence.known > sequence.limit:
+                pass  # its last token is on its way
             elif budget > 0 and sequence.capacity >= sequence.known and not self.parked(sequence):
                 # Nothing left to compute (a full prefix hit): the last position runs again
                 # for its logits, its K/V write masked.
@@ -98,7 +102,7 @@ class Scheduler:
         """Sequences whose prompt is being computed, or will be as soon as their row comes; by their opening."""
         found: dict[bytes, list[Sequence]] = {}
         for other in self.running:
-            if other.computed < other.prompt_length:
+            if other.settled < other.prompt_length:
                 found.setdefault(other.opening, []).append(other)
         for other in self.waiting:
             if other.asking:
@@ -107,10 +111,10 @@ class Scheduler:
 
     def shares_unfilled_page(self, sequence: Sequence, filling: list[Sequence]) -> bool:
         """Whether one of `filling`, all of the same opening, is about to fill a page that this one would match next."""
-        tokens, known = sequence.lane.tokens, sequence.known
+        tokens, known = sequence.lane.tokens, sequence.committed
         for other in filling:
             # The next page border after what the neighbour has computed is the one to wait for.
-            border = (other.computed // self.page_size + 1) * self.page_size
-            if border <= min(known, other.known) and bool((tokens[:border] == other.lane.tokens[:border]).all()):
+            border = (other.settled // self.page_size + 1) * self.page_size
+            if border <= min(known, other.committed) and bool((tokens[:border] == other.lane.tokens[:border]).all()):
                 return True
         return False

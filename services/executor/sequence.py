@@ -10,6 +10,23 @@ A sequence is two numbers, `computed` <= `known`. A step raises `computed`; when
         K/V in pages,  | tokens known,       | nothing yet
         final          | K/V to be computed  |
 
+Each of them is held twice. What is planned counts a step as soon as it is submitted; what is committed counts it
+once it is collected, and is what the log says. They differ only while a step of the sequence is under way.
+
+    planned     committed   used by
+    computed    settled
+    known       committed
+    ---------------------------------------------------------------------------------------------------
+    planned                 scheduler.plan: where the next chunk begins, and whether its page is there
+                            pages: growth, starving, what a trim leaves;  trace: what lacks a page
+    committed               publisher, parking, stop rules, cancel, stop_at, attach offsets: `length`
+                            forks: a source has its prompt;  scheduler.filling: a page that is sealed soon
+                            preemption: tokens since the row came;  progress words that are stored
+    either                  admission, grants, requests.adopt, runner.prepare: no row, so nothing is under way
+
+A sequence that loses its row while a step of it is under way goes back to what is committed; the step's result is
+dropped when it comes (`row` < 0 until then: the next row is asked for after the `close`, which waits for the step).
+
     WAITING  no row; asks for one when there is room
     RUNNING  has a row; in every step's plan unless it lacks a page or is parked
     ENDED    its terminal word is stored
@@ -72,6 +89,8 @@ class Sequence:
     phase: Phase = Phase.WAITING
     computed: int = 0
     known: int = 0
+    settled: int = 0
+    committed: int = 0
     row: int = -1
     row_generation: int = 0
     capacity: int = 0  # tokens that the row holds
@@ -79,7 +98,7 @@ class Sequence:
     asking: bool = False  # a call for its row, or for more pages, is on its way
     starved: bool = False  # lacks a page for its next step, and there was none to be had
     preempted: bool = False  # has lost a row: what it finds cached may be its own
-    resumed_at: int | None = None  # `known` when it got a row back
+    resumed_at: int | None = None  # `committed` when it got a row back
     forking: Sequence | None = None  # the sibling whose row it has asked to fork
     forkable: bool = True  # until such a row was found gone
     held_until: float = 0.0  # waits for a neighbour's pages until this time, at most
@@ -97,7 +116,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens of the output so far."""
-        return self.log.final_length if self.phase is Phase.ENDED else self.known - self.prompt_length
+        return self.log.final_length if self.phase is Phase.ENDED else self.committed - self.prompt_length
 
     @property
     def priority(self) -> int:
@@ -106,7 +125,12 @@ class Sequence:
     @property
     def since_resumed(self) -> int | None:
         """Tokens committed since it got its row back; None: it has lost none."""
-        return None if self.resumed_at is None else self.known - self.resumed_at
+        return None if self.resumed_at is None else self.committed - self.resumed_at
+
+    def settle(self, computed: int) -> None:
+        """So much is computed in its row, and no step that is under way counts any more."""
+        self.computed = self.settled = computed
+        self.known = self.committed
 
     @property
     def is_being_forked(self) -> bool:
@@ -131,6 +155,7 @@ class Request:
     connection: Connection | None = None  # None: detached
     stream_id: int = 0
     describe: bool = False  # the stream wants the record before any token
+    recomputed: bool = False  # its stream is to be told that pages were lost
     expires: float = 0.0  # monotonic seconds: a detached request is cancelled then
 
     @property
@@ -196,7 +221,8 @@ def load(records: Path, key: str, eos_token_ids: tuple[int, ...], arrival: int) 
         lane = Lane(output.tokens, output.prompt_length, index, params)
         sequence = Sequence(request, index, output, lane, arrival)
         sequence.opening = message.cache_salt.encode() + b"\0" + output.tokens[:_SMALLEST_PAGE].tobytes()
-        sequence.computed, sequence.known = output.computed, output.known
+        sequence.committed = output.known
+        sequence.settle(output.computed)
         sequence.cached_tokens = output.cached_tokens
         if not output.ended:
             _derive_end(output, rules, sequence)
@@ -208,8 +234,8 @@ def load(records: Path, key: str, eos_token_ids: tuple[int, ...], arrival: int) 
 
 def _derive_end(output: OutputLog, rules: StopRules, sequence: Sequence) -> None:
     """A death between the last token and its terminal word: the tokens say what was meant."""
-    length = sequence.known - output.prompt_length
+    length = sequence.length
     if length > 0:
-        reason = rules.reason(int(output.tokens[sequence.known - 1]), length)
+        reason = rules.reason(int(output.tokens[sequence.committed - 1]), length)
         if reason is not Reason.NONE:
             output.set_terminal(reason, length)

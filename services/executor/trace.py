@@ -2,17 +2,20 @@
 
 ... | answers, waiting | step | answers | step | ...
       a step's total runs from the end of the one before it; after a rest, from its own start
+
+Where the engine runs a step ahead, a line is about the step that is collected, and tells of the turn that did it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from services.executor.engine import Engine
+from services.executor.engine import Engine, Flight
 from services.executor.runner.base import StepResult
 from services.executor.scheduler import Plan
 
@@ -24,7 +27,7 @@ class StepLine:
     """One step. Times in microseconds."""
 
     total_us: int
-    run_us: int  # in the runner
+    run_us: int  # in the runner, beginning a step and waiting for one
     waited_us: int  # before it, while there were sequences to run, but none with the page that it needed
     lacking: int  # sequences that this step left out for lack of a page
     positions: int
@@ -72,20 +75,26 @@ class TracedEngine(Engine):
         # CLOCK_MONOTONIC in nanoseconds; 0: there is nothing to be told of.
         self._total_from = 0
         self._waited_from = 0
+        self._waited_for = 0
         self._ran_for = 0
-        self._plan = Plan([], [])
-        self._lacked = 0
+        self._lacked: deque[int] = deque()  # for each step under way
+        self._collected: tuple[Plan, int] | None = None  # in this turn: the step, and what it lacked
 
     def step(self) -> bool:
         now = time.perf_counter_ns()
         began = self._total_from or now
-        waited = now - self._waited_from if self._waited_from else 0
+        self._ran_for, self._collected = 0, None
         busy = super().step()
         ended = time.perf_counter_ns()
-        if busy:
-            times = ((ended - began) // 1000, self._ran_for // 1000, waited // 1000)
-            self._trace.add(StepLine(*times, self._lacked, self._plan.positions, len(self._plan.chunks)))
-            self._total_from, self._waited_from = ended, 0
+        if busy and self._waited_from:
+            self._waited_for, self._waited_from = now - self._waited_from, 0
+        if self._collected is not None:
+            plan, lacked = self._collected
+            times = ((ended - began) // 1000, self._ran_for // 1000, self._waited_for // 1000)
+            self._trace.add(StepLine(*times, lacked, plan.positions, len(plan.chunks)))
+            self._total_from, self._waited_for = ended, 0
+        elif busy:
+            self._total_from = began
         elif self._lacking():
             self._total_from, self._waited_from = began, self._waited_from or ended
         else:
@@ -93,11 +102,18 @@ class TracedEngine(Engine):
             self._trace.flush()
         return busy
 
-    def _run(self, plan: Plan) -> StepResult:
-        self._plan, self._lacked = plan, self._lacking()
+    def _submit(self, plan: Plan) -> Flight:
+        self._lacked.append(self._lacking())
         started = time.perf_counter_ns()
-        result = super()._run(plan)
-        self._ran_for = time.perf_counter_ns() - started
+        flight = super()._submit(plan)
+        self._ran_for += time.perf_counter_ns() - started
+        return flight
+
+    def _collect(self, flight: Flight) -> StepResult:
+        self._collected = flight.plan, self._lacked.popleft()
+        started = time.perf_counter_ns()
+        result = super()._collect(flight)
+        self._ran_for += time.perf_counter_ns() - started
         return result
 
     def _lacking(self) -> int:
@@ -107,6 +123,6 @@ class TracedEngine(Engine):
             [
                 not parked(sequence)
                 for sequence in self.scheduler.running
-                if sequence.capacity < sequence.known and sequence.capacity <= sequence.computed
+                if sequence.capacity < sequence.known <= sequence.limit and sequence.capacity <= sequence.computed
             ]
         )

@@ -221,6 +221,9 @@ class ExecutorLink:
         for record in message.records:
             if (stream := self._streams.get(record.stream_id)) is not None:
                 stream.take_record(record)
+        for stream_id in message.recomputed:
+            if (stream := self._streams.get(stream_id)) is not None:
+                stream.notice(api.NOTICE_KIND_RECOMPUTED, "pages were lost and are computed again; the stream goes on")
         # Before the tokens: with an output's last token it must be known that it is the last.
         for ended in message.ended:
             if (stream := self._streams.get(ended.stream_id)) is not None:

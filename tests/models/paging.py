@@ -34,7 +34,7 @@ class TestPool:
         known = np.zeros(capacity, np.uint32)
         known[: len(tokens)] = tokens
         lane = Lane(known, len(tokens), 0, sampling, row)
-        self._runner.prepare(lane)
+        self._runner.prepare(lane, len(tokens))
         return lane
 
     def reset(self) -> None:

@@ -2,6 +2,12 @@
 
 A runner never touches progress words, rows or records: it reads tokens and block tables
 in place, writes K/V into pages, and returns the sampled tokens.
+
+    submit a | submit b | collect a | submit c | collect b     a runner of depth 1: the host plans b while a runs
+    submit a | collect a | submit b | collect b                one of depth 0
+
+In a step that is submitted before the one before it was collected, a chunk may begin at a position whose
+token the host does not have yet: the runner keeps what it has sampled where its next step finds it.
 """
 
 from __future__ import annotations
@@ -69,6 +75,7 @@ class Runner(ABC):
     """A device that can run steps. One thread calls it."""
 
     deterministic: bool  # a row's result does not depend on its batch or chunking
+    depth: int = 0  # steps that may be submitted before the one before them is collected: 0 or 1
 
     @abstractmethod
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
@@ -78,16 +85,31 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    def prepare(self, lane: Lane) -> None:
-        """Sets `lane.device`; again whenever `lane.row` has changed."""
+    def prepare(self, lane: Lane, known: int) -> None:
+        """Sets `lane.device`; again whenever `lane.row` has changed. lane.tokens[:known] are there."""
+
+    def release(self, lane: Lane) -> None:  # noqa: B027  # most runners keep nothing of a lane
+        """The lane has lost its row. A step that it is part of may still be under way."""
 
     @abstractmethod
     def copy_slots(self, source: int, target: int, count: int) -> None:
-        """Copies K and V of the first `count` tokens of page `source`, all layers, into page `target`."""
+        """Copies K and V of the first `count` tokens of page `source`, all layers, into page `target`.
+
+        Complete when it returns.
+        """
 
     @abstractmethod
     def step(self, chunks: list[Chunk]) -> StepResult:
         """Computes all chunks. Every page they touch is in their rows."""
+
+    def submit(self, chunks: list[Chunk]) -> object:
+        """Begins a step, behind the one that may be under way; the ticket to collect it with."""
+        return self.step(chunks)
+
+    def collect(self, ticket: object) -> StepResult:
+        """Waits for the step. Steps are collected in the order in which they were submitted, each once."""
+        assert isinstance(ticket, StepResult)
+        return ticket
 
     def logits(self, chunks: list[Chunk]) -> np.ndarray:
         """As `step`, but returns float32 [all positions of all chunks, vocab]: for tests."""

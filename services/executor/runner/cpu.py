@@ -57,7 +57,7 @@ class CpuRunner(Runner):
         self._pool = np.frombuffer(pool, self._element, int(np.prod(shape))).reshape(shape)
         self._native.map_pool(self._pool.ctypes.data, pages, page_size)
 
-    def prepare(self, lane: Lane) -> None:
+    def prepare(self, lane: Lane, known: int) -> None:
         if lane.row is None:
             raise ValueError("the lane has no row")
         asked = lane.sampling

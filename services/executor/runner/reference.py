@@ -41,7 +41,7 @@ class ReferenceRunner(Runner):
         self._pool = torch.frombuffer(pool, dtype=self._kv_dtype, count=int(np.prod(shape))).view(shape)
         self._page_size = page_size
 
-    def prepare(self, lane: Lane) -> None:
+    def prepare(self, lane: Lane, known: int) -> None:
         """Rows are read afresh in each step: nothing to do."""
 
     def copy_slots(self, source: int, target: int, count: int) -> None:

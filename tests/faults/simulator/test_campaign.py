@@ -61,7 +61,7 @@ def test_a_failure_names_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise Violation("as planned")
 
-    monkeypatch.setattr(components.ModelRunner, "step", fail)
+    monkeypatch.setattr(components.ModelRunner, "collect", fail)
     (failure, *_) = play_range(Level.MESSAGES, range(3)).failures
     assert "as planned" in str(failure) and f"--level 2 --seed {failure.seed} --trace" in str(failure)
     with pytest.raises(Violation, match="as planned"):

@@ -13,6 +13,9 @@ from services.executor import grants
 from services.executor.engine import Engine
 from services.executor.kv_link import KvLink
 from services.executor.publisher import Connection
+from services.executor.runner.base import StepResult
+from services.executor.scheduler import Plan
+from services.executor.sequence import Phase
 from services.frontend.clientstream import ClientStream
 from services.frontend.link import ExecutorLink
 from tests.faults.simulator.faults import Violation
@@ -143,6 +146,21 @@ def computed_raised_before_the_copy(patch: Patch) -> None:
     patch.setattr(grants, "_copy", copy)
 
 
+def result_of_a_lost_row_is_committed(patch: Patch) -> None:
+    """A step that was under way when its sequence lost its row raises `computed` all the same."""
+    real = Engine._commit
+
+    def commit(self: Engine, plan: Plan, result: StepResult) -> None:
+        lost = [sequence for sequence in plan.sequences if sequence.row < 0 and sequence.phase is Phase.WAITING]
+        for sequence in lost:
+            sequence.row = 0
+        real(self, plan, result)
+        for sequence in lost:
+            sequence.row = -1
+
+    patch.setattr(Engine, "_commit", commit)
+
+
 MUTANTS: tuple[Callable[[Patch], None], ...] = (
     published_before_committed,
     successor_without_an_epoch,
@@ -152,6 +170,7 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     calls_that_are_not_repeated,
     end_before_the_last_tokens,
     computed_raised_before_the_copy,
+    result_of_a_lost_row_is_committed,
 )
 
 

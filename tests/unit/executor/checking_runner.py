@@ -45,7 +45,7 @@ class CheckingRunner(Runner):
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         self.page_size = page_size
 
-    def prepare(self, lane: Lane) -> None:
+    def prepare(self, lane: Lane, known: int) -> None:
         assert lane.row is not None
 
     def copy_slots(self, source: int, target: int, count: int) -> None:

@@ -31,8 +31,8 @@ OUTPUTS = {
 class Scene:
     """Clients that reconnect whenever the executor has died."""
 
-    def __init__(self, root: Path) -> None:
-        self.world = World(root, pages=13, max_batch_tokens=32)
+    def __init__(self, root: Path, depth: int = 0) -> None:
+        self.world = World(root, pages=13, max_batch_tokens=32, depth=depth)
         self.heard: dict[tuple[int, int], list[int]] = {output: [] for output in OUTPUTS}
         self.accepted: set[int] = set()
         self.frontend = self.connect()

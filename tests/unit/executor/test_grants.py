@@ -112,7 +112,7 @@ class Settled:
     def settle(self, shared: int, computed: int, capacity: int = 48) -> int:
         """`computed`: what the log says of the row. Returns how many slots were copied so far."""
         sequence = self.sequence
-        sequence.known = 37
+        sequence.known = sequence.committed = 37
         sequence.log.set_progress(computed, 37)
         grant = Grant(sequence.row, sequence.row_generation, capacity, shared, self.copy)
         grants.settle(sequence, grant, self.world.pool, self.world.runner)

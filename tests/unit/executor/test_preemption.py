@@ -54,7 +54,7 @@ def test_a_parked_one_goes_before_all_others() -> None:
 def test_who_has_its_row_back_is_spared_for_a_page_of_tokens() -> None:
     old, back = make(1), resumed(9, tokens=PAGE_SIZE - 1)
     assert choose(old, back) is old
-    back.resumed_at = back.known - PAGE_SIZE
+    back.resumed_at = back.committed - PAGE_SIZE
     assert choose(old, back) is back
 
 

@@ -34,7 +34,8 @@ def make(
     lane = Lane(output.tokens, prompt, 0, SamplingParams())
     sequence = Sequence(request, 0, output, lane, arrival)
     request.sequences.append(sequence)
-    sequence.computed, sequence.known, sequence.capacity = computed, known or prompt, capacity
+    sequence.committed, sequence.capacity = known or prompt, capacity
+    sequence.settle(computed)
     sequence.phase = Phase.RUNNING if running else Phase.WAITING
     return sequence
 
@@ -63,7 +64,7 @@ def test_a_prompt_is_cut_to_the_budget_and_samples_only_at_its_end() -> None:
     sequence = make(1, prompt=100)
     scheduler = scheduler_of(sequence, budget=64)
     assert chunks(scheduler.plan()) == [(1, 0, 64, 0, False)]
-    sequence.computed = 64
+    sequence.settle(64)
     assert chunks(scheduler.plan()) == [(1, 64, 36, 64, True)]
 
 
@@ -142,13 +143,13 @@ def test_who_shares_a_page_that_is_being_filled() -> None:
         return scheduler.shares_unfilled_page(later, scheduler.filling().get(later.opening, []))
 
     assert waits()
-    first.computed = 31
+    first.settle(31)
     assert waits()  # the second page
-    first.computed = 32
+    first.settle(32)
     assert not waits()  # the third is not shared: it ends beyond the prompt
-    first.computed = 40
+    first.settle(40)
     assert not scheduler.filling()
-    first.computed = 0
+    first.settle(0)
     later.lane.tokens[15] = 77
     assert not waits()
 

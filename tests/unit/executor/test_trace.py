@@ -59,7 +59,7 @@ def test_every_step_has_its_line(world: World, file: Path) -> None:
     assert len(found) == world.runner.steps
     assert sum(line.positions for line in found) == world.runner.computed_positions
     assert max(line.sequences for line in found) == 2
-    assert all(line.run_us == 1000 <= line.total_us for line in found)
+    assert all(line.run_us == 2000 <= line.total_us for line in found)
     assert not any(line.waited_us or line.lacking for line in found)
 
 

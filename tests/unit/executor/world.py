@@ -24,6 +24,7 @@ from services.executor.requests import Requests
 from services.executor.scheduler import Scheduler
 from services.executor.shared import SharedPool
 from tests.unit.executor.checking_runner import CheckingRunner
+from tests.unit.executor.flying_runner import FlyingRunner
 
 PAGE_SIZE = 16
 EOS = 7
@@ -61,6 +62,9 @@ class Frontend(Connection):
             self.stream(record.stream_id).records.append(record)
         run, taken = message.tokens, 0
         for stream_id, index, offset, count in zip(run.stream_ids, run.indexes, run.offsets, run.counts, strict=True):
+            if stream_id in self.streams:
+                log = self.streams[stream_id].sequences[index].log
+                assert offset + count <= log.known - log.prompt_length, "published before it was committed"
             tokens = self.stream(stream_id).tokens.setdefault(index, [])
             start = self.starts.setdefault((stream_id, index), offset)
             assert offset == start + len(tokens), "a gap or a repetition"
@@ -94,8 +98,11 @@ class World:
         pages: int = 200,
         clock: Callable[[], float] = time.monotonic,
         record_ttl: float = 600.0,
+        depth: int = 0,
         **limits: int,
     ) -> None:
+        """depth: the runner's."""
+        self.depth = depth
         self.state = StateDir.prepare(root)
         self.clock = clock
         self.record_ttl = record_ttl
@@ -129,7 +136,7 @@ class World:
         self.inbox = Inbox()
         # The pages' contents outlive the executor, as the pool's memory does.
         slots = self.runner.slots if self.executors > 1 else {}
-        self.runner = CheckingRunner()
+        self.runner: CheckingRunner = FlyingRunner() if self.depth else CheckingRunner()
         self.runner.slots = slots
         scheduler = Scheduler(PAGE_SIZE, **self.limits)
         self.pool = SharedPool(self.state)
@@ -188,6 +195,8 @@ class World:
             return
         for call in calls:
             reply = self.manager.call(call)
+            if isinstance(self.runner, FlyingRunner):
+                self.runner.check_pages(self.pool.tables)
             if self.lose_replies:
                 reply = self.manager.call(call)  # the first answer was lost: the call is repeated
             self.inbox.put(Replied(call, reply))

@@ -62,6 +62,7 @@ class Settings:
     park_after: int
     prefix_cache: bool
     fork: bool
+    depth: int  # of the runner
 
 
 class DyingManager(Manager):
@@ -143,7 +144,7 @@ class Executor:
         process.on_death.append(lock.release)
         lock.write_id(number.to_bytes(16, "little"))
         self._shared = SharedPool(state)
-        runner = ModelRunner(lambda: pool(self._shared), hit)
+        runner = ModelRunner(lambda: pool(self._shared), hit, settings.depth)
         self._inbox = EventInbox()
         clock = network.loop.time
         limits = (settings.max_num_seqs, settings.max_batch_tokens, settings.park_after)

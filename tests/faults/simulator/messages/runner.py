@@ -1,12 +1,17 @@
-"""A device without arithmetic: K/V and tokens are the model's, every page that is read or written is checked."""
+"""A device without arithmetic: K/V and tokens are the model's, every page that is read or written is checked.
+
+With depth 1 a step reads its rows when it is submitted, and does its work as late as it may: when it is collected.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from kvmanager.layout import LOW32
+from kvmanager.layout import LOW32, U32, U64
 from services.executor.runner.base import Chunk, Lane, Runner, StepResult
 from tests.faults.simulator.faults import Violation
 from tests.faults.simulator.invariants import Pool
@@ -16,20 +21,33 @@ from tests.faults.simulator.model import Vector, next_token, next_vector
 _SIZE = SHAPE.page_size
 
 
+class Work(NamedTuple):
+    """A chunk under way."""
+
+    chunk: Chunk
+    row: U64  # as it was when the step was submitted
+    vectors: list[Vector]  # of the lane's tokens so far
+
+
+Step = list[Work]
+
+
 class ModelRunner(Runner):
     """Dies between any two slots."""
 
     deterministic = True
 
-    def __init__(self, pool: Callable[[], Pool], store: Callable[[str], None]) -> None:
+    def __init__(self, pool: Callable[[], Pool], store: Callable[[str], None], depth: int) -> None:
         """pool: there from the first attach on. store(name): called before each write of a slot."""
+        self.depth = depth
+        self._steps: deque[Step] = deque()  # under way
         self._pool = pool
         self._store = store
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         pass
 
-    def prepare(self, lane: Lane) -> None:
+    def prepare(self, lane: Lane, known: int) -> None:
         lane.device = list[Vector]()  # of the tokens so far
 
     def copy_slots(self, source: int, target: int, count: int) -> None:
@@ -38,29 +56,45 @@ class ModelRunner(Runner):
             self._store("slot")
             vectors[target, place] = vectors[source, place]
 
+    def submit(self, chunks: list[Chunk]) -> Step:
+        step: Step = []
+        for chunk in chunks:
+            row, vectors = chunk.lane.row, chunk.lane.device
+            assert row is not None and isinstance(vectors, list), "prepare comes first"
+            step.append(Work(chunk, row.copy() if self.depth else row, vectors))
+        self._steps.append(step)
+        return step
+
+    def collect(self, ticket: object) -> StepResult:
+        step = self._steps.popleft()
+        assert step is ticket, "steps are collected in order"
+        return self._compute(step)
+
     def step(self, chunks: list[Chunk]) -> StepResult:
-        tokens = np.zeros(len(chunks), np.uint32)
-        for number, chunk in enumerate(chunks):
-            vectors = self._vectors(chunk.lane, chunk.start + chunk.count)
-            self._check(chunk, vectors)
-            self._write(chunk, vectors)
+        return self.collect(self.submit(chunks))
+
+    def _compute(self, step: Step) -> StepResult:
+        tokens = np.zeros(len(step), np.uint32)
+        for number, (chunk, row, lane_vectors) in enumerate(step):
+            lane, end = chunk.lane, chunk.start + chunk.count
+            vectors = self._vectors(lane_vectors, lane.tokens, end)
+            self._check(chunk, row, vectors)
+            self._write(chunk, row, vectors)
             if chunk.sample:
-                lane = chunk.lane
-                tokens[number] = next_token(vectors[-1], lane.index, lane.sampling.seed, SHAPE)
+                token = tokens[number] = next_token(vectors[-1], lane.index, lane.sampling.seed, SHAPE)
+                if len(lane_vectors) == end:
+                    lane_vectors.append(next_vector(vectors[-1], int(token)))  # the next step's input, on the device
         return StepResult(tokens, np.array([logprob(token) for token in tokens.tolist()], np.float32))
 
     @staticmethod
-    def _vectors(lane: Lane, count: int) -> list[Vector]:
-        vectors = lane.device
-        assert isinstance(vectors, list), "prepare comes first"
-        for token in lane.tokens[len(vectors) : count].tolist():
+    def _vectors(vectors: list[Vector], tokens: U32, count: int) -> list[Vector]:
+        for token in tokens[len(vectors) : count].tolist():
             vectors.append(next_vector(vectors[-1] if vectors else 0, token))
         return vectors[:count]
 
-    def _check(self, chunk: Chunk, vectors: list[Vector]) -> None:
+    def _check(self, chunk: Chunk, row: U64, vectors: list[Vector]) -> None:
         """What attention would read: all that lies before what this step writes."""
-        pool, row = self._pool(), chunk.lane.row
-        assert row is not None
+        pool = self._pool()
         there = min(max(chunk.start, chunk.write_from), chunk.start + chunk.count)
         words = row[: -(-there // _SIZE)]
         pages = (words & np.uint64(LOW32)).astype(np.int64)
@@ -70,9 +104,8 @@ class ModelRunner(Runner):
         if wrong.any():
             raise Violation(f"a step reads foreign or unwritten K/V at position {int(wrong.argmax())}")
 
-    def _write(self, chunk: Chunk, vectors: list[Vector]) -> None:
-        pool, row = self._pool(), chunk.lane.row
-        assert row is not None
+    def _write(self, chunk: Chunk, row: U64, vectors: list[Vector]) -> None:
+        pool = self._pool()
         for position in range(max(chunk.start, chunk.write_from), chunk.start + chunk.count):
             self._store("slot")
             pool.write(int(row[position // _SIZE]), position % _SIZE, vectors[position])

@@ -84,6 +84,7 @@ class _Play:
             park_after=rng.choice((4, 256)),
             prefix_cache=rng.random() < 0.85,
             fork=rng.random() < 0.85,
+            depth=schedule.seed % 2,
         )
         arguments = (self._loop, self._network, state, settings, requests, rng, self._deaths(), trace)
         self._world = World(*arguments)

@@ -1,0 +1,84 @@
+"""Which device the settings name, and what is refused before anything is loaded onto it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pagehold.runtime.settings import ExecutorSettings
+from pagehold.runtime.statedir import StateDir
+from services.executor.backend import Backend, ConfigurationError, HostBackend
+from services.executor.cuda_backend import CudaBackend
+from services.executor.inbox import Inbox
+from services.executor.main import make_backend
+from services.executor.modelstore.packed import PackedModel
+from services.executor.modelstore.store import open_model
+from services.executor.shared import SharedPool
+from tests.models.tiny import Tiny, save_tiny
+
+TINY = Tiny("backend", "mistral", {"hidden_size": 256, "head_dim": 64, "sliding_window": None})
+STAND_IN = "tests.device.gpu"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    folder = tmp_path_factory.mktemp("backend")
+    save_tiny(TINY, folder / "model")
+    return open_model(str(folder / "model"), folder / "cache", progress=False)
+
+
+def made(tmp_path: Path, model: PackedModel, **flags: object) -> Backend:
+    state = StateDir.prepare(tmp_path / "state")
+    settings = ExecutorSettings(state_dir=state.root, **flags)  # type: ignore[arg-type]
+    return make_backend(settings, model, 64, state, SharedPool(state), Inbox())
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(tmp_path: Path, model: PackedModel) -> None:
+    backend = made(tmp_path, model)
+    assert isinstance(backend, HostBackend)
+    assert (backend.device, backend.max_batch_tokens) == ("cpu", 512)
+    backend.close()
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "float16"}, {"kv_dtype": "fp8_e4m3"}])
+def test_types_of_gpus_are_refused_on_a_cpu(tmp_path: Path, model: PackedModel, flags: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match="is for GPUs; use bfloat16 or float32 on a CPU"):
+        made(tmp_path, model, device="cpu", **flags)
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "float32"}, {"kv_dtype": "float16"}])
+def test_types_of_cpus_are_refused_on_a_gpu(tmp_path: Path, model: PackedModel, flags: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match="choose other --dtype and --kv-dtype"):
+        made(tmp_path, model, device="cuda", cuda_driver=STAND_IN, **flags)
+
+
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(tmp_path: Path, model: PackedModel) -> None:
+    with pytest.raises(ConfigurationError, match="use --device cpu"):
+        made(tmp_path, model, device="cuda")
+
+
+def test_a_page_size_without_a_kernel_is_refused(tmp_path: Path, model: PackedModel) -> None:
+    with pytest.raises(ConfigurationError, match="page"):
+        made(tmp_path, model, device="cuda", cuda_driver=STAND_IN, page_size=24)
+
+
+def test_weights_that_do_not_fit_say_by_how_much(tmp_path: Path, model: PackedModel) -> None:
+    name = max(model.tensors, key=lambda name: model.tensors[name].nbytes)
+    large = replace(model, tensors={**model.tensors, name: replace(model.tensors[name], nbytes=1 << 40)})
+    with pytest.raises(ConfigurationError, match=r"the weights take 1024\.\d\d GiB .* too little"):
+        made(tmp_path, large, device="cuda", cuda_driver=STAND_IN)
+
+
+def test_the_pool_is_asked_for_on_the_device(tmp_path: Path, model: PackedModel) -> None:
+    from pagehold.kv.v1 import kv_manager_pb2 as kv
+
+    backend = made(tmp_path, model, device="cuda", cuda_driver=STAND_IN, kv_dtype="fp8_e4m3", pool="vmm")
+    assert isinstance(backend, CudaBackend)
+    request = kv.AttachRequest(geometry=kv.Geometry(kv_dtype="fp8_e4m3"))
+    backend.describe(request)
+    assert (request.device.kind, request.geometry.layout_id) == (kv.POOL_KIND_VMM, 2)
+    assert list(request.scales) == [1.0] * (model.spec.layers * 2 * model.spec.kv_heads)
+    assert backend.pool_bytes(request) > 0
+    backend.close()

@@ -1,6 +1,6 @@
 """What a part found, as it is kept: plain records, to JSON and back.
 
-A file holds the last run of each part: parts are run one by one, on machines that are lent for minutes.
+A file holds the last run of each part: parts are run one by one, on machines that are there for minutes only.
 """
 
 from __future__ import annotations

@@ -322,5 +322,6 @@ def test_a_pool_that_is_lost_is_computed_again(root: Path) -> None:
     assert sequence_of(world, 1).phase is Phase.WAITING and sequence_of(world, 1).committed == committed + 1
     world.run()
     assert tokens_of(frontend, 1) == expected(prompt_of(1, 20), 60)
+    assert frontend.stream(1).recomputed == 1
     assert world.runner.computed_positions >= 20 + 59 + 20 + committed - 20
     check_empty(world)

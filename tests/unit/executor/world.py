@@ -37,6 +37,7 @@ class Stream:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: dict[int, ex.Ended] = field(default_factory=dict)
     accepted: int = 0
+    recomputed: int = 0
     failures: list[int] = field(default_factory=list)
     records: list[ex.Record] = field(default_factory=list)
 
@@ -60,6 +61,8 @@ class Frontend(Connection):
             self.stream(accepted.stream_id).accepted += 1
         for record in message.records:
             self.stream(record.stream_id).records.append(record)
+        for stream_id in message.recomputed:
+            self.stream(stream_id).recomputed += 1
         run, taken = message.tokens, 0
         for stream_id, index, offset, count in zip(run.stream_ids, run.indexes, run.offsets, run.counts, strict=True):
             if stream_id in self.streams:

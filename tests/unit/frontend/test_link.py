@@ -119,6 +119,14 @@ async def test_a_stream_goes_on_where_it_was(frontend: Frontend) -> None:
     await quiet(executor)
 
 
+async def test_a_client_is_told_that_its_pages_were_lost(frontend: Frontend) -> None:
+    call = frontend.generate()
+    submit = await frontend.executor.accept()
+    await event(call, "accepted")
+    frontend.executor.say(recomputed=[submit.stream_id, submit.stream_id + 1])
+    assert (await event(call, "notice")).kind == api.NOTICE_KIND_RECOMPUTED
+
+
 async def test_a_request_that_is_not_accepted_is_submitted_again_with_the_time_that_is_left(
     frontend: Frontend,
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from kvmanager.layout import Reason
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.v1 import inference_pb2 as api
-from services.executor import grants
+from services.executor import engine, grants
 from services.executor.engine import Engine
 from services.executor.kv_link import KvLink
 from services.executor.publisher import Connection
@@ -146,6 +146,11 @@ def computed_raised_before_the_copy(patch: Patch) -> None:
     patch.setattr(grants, "_copy", copy)
 
 
+def row_given_back_under_a_step(patch: Patch) -> None:
+    """A `close` does not wait for the step that is under way."""
+    patch.setattr(engine, "_TAKE_PAGES", ())
+
+
 def result_of_a_lost_row_is_committed(patch: Patch) -> None:
     """A step that was under way when its sequence lost its row raises `computed` all the same."""
     real = Engine._commit
@@ -170,6 +175,7 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     calls_that_are_not_repeated,
     end_before_the_last_tokens,
     computed_raised_before_the_copy,
+    row_given_back_under_a_step,
     result_of_a_lost_row_is_committed,
 )
 

@@ -129,16 +129,18 @@ def test_outputs_fork_what_is_committed(root: Path) -> None:
     check_empty(world)
 
 
-def test_a_neighbour_waits_until_the_page_is_committed(root: Path) -> None:
+@pytest.mark.parametrize("rest", [0, 20])  # 0: the page that is waited for ends the neighbour's prompt
+def test_a_neighbour_waits_until_the_page_is_committed(root: Path, rest: int) -> None:
     world = ahead(root, max_batch_tokens=32)
     frontend = world.connect()
     common = prompt_of(6, 96)
-    world.submit(frontend, 1, common + prompt_of(7, 20), 20)
-    world.submit(frontend, 2, common + prompt_of(8, 20), 20)
+    prompts = {1: common + prompt_of(7, rest), 2: common + prompt_of(8, 20)}
+    for number, prompt in prompts.items():
+        world.submit(frontend, number, prompt, 20)
     world.run()
     assert frontend.stream(2).ended[0].cached_tokens == 96
-    for number, rest in ((1, 7), (2, 8)):
-        assert tokens_of(frontend, number) == expected(common + prompt_of(rest, 20), 20)
+    for number, prompt in prompts.items():
+        assert tokens_of(frontend, number) == expected(prompt, 20)
 
 
 # --- ends and losses while a step is under way ---

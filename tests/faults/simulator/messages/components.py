@@ -144,12 +144,12 @@ class Executor:
         process.on_death.append(lock.release)
         lock.write_id(number.to_bytes(16, "little"))
         self._shared = SharedPool(state)
-        runner = ModelRunner(lambda: pool(self._shared), hit, settings.depth)
+        runner = self._runner = ModelRunner(lambda: pool(self._shared), hit, settings.depth)
         self._inbox = EventInbox()
         clock = network.loop.time
         limits = (settings.max_num_seqs, settings.max_batch_tokens, settings.park_after)
         scheduler = Scheduler(SHAPE.page_size, *limits)
-        requests = Requests(scheduler, self._shared, runner, state.records, (), clock)
+        requests = self._requests = Requests(scheduler, self._shared, runner, state.records, (), clock)
         frontends = Frontends(requests, self._shared, settings.prefix_cache, clock)
         pages = Pages(scheduler, requests, runner, self._shared, settings.prefix_cache, settings.fork)
         attach = _attach_request(number.to_bytes(16, "little"), settings)
@@ -173,6 +173,11 @@ class Executor:
         return bool(scheduler.waiting or scheduler.running)
 
     def _send(self, calls: list[kv.Call]) -> None:
+        for call in calls:
+            if call.HasField("close"):
+                sequence = self._requests.sequence(call.close.key, call.close.index)
+                if sequence is not None:
+                    self._runner.check_unused(sequence.lane)
         self._network.loop.call_soon(self._link.send, calls)
 
     def _attached(self, response: kv.AttachResponse) -> None:

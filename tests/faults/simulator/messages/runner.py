@@ -56,6 +56,11 @@ class ModelRunner(Runner):
             self._store("slot")
             vectors[target, place] = vectors[source, place]
 
+    def check_unused(self, lane: Lane) -> None:
+        """Raises Violation when a step under way uses the lane's row."""
+        if any(work.chunk.lane is lane for step in self._steps for work in step):
+            raise Violation("a row is given back that a step under way uses")
+
     def submit(self, chunks: list[Chunk]) -> Step:
         step: Step = []
         for chunk in chunks:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from kernels.cuda.device import CompilationError
+from kernels.cuda.gpu import CacheError
 from kvmanager.device.memory import DeviceError, load_driver
 from kvmanager.errors import Refused
 from kvmanager.geometry import asked_geometry, asked_place, difference, read_fingerprint, read_geometry, read_place
@@ -52,9 +54,11 @@ class CudaBackend(Backend):
         inbox: Inbox,
     ) -> None:
         """Loads the weights onto the device. Raises ConfigurationError."""
-        from services.executor.runner.cuda.limits import Limits
-        from services.executor.runner.cuda.runner import CudaRunner
-
+        try:
+            from services.executor.runner.cuda.limits import Limits
+            from services.executor.runner.cuda.runner import CudaRunner
+        except ImportError as error:  # a CPU's installation has no torch
+            raise ConfigurationError(f"--device cuda needs torch and CuPy; {_INSTALL}") from error
         dtype = settings.dtype
         kv_dtype = settings.kv_dtype or dtype
         if dtype == "float32" or kv_dtype not in (dtype, "fp8_e4m3"):
@@ -74,7 +78,7 @@ class CudaBackend(Backend):
             importer = load_driver(settings.cuda_driver).importer(self._kind)
             self._uuid = importer.device(0)
             self._memory = DevicePool(state, pool, importer, self._kind, self._uuid, self._let_go)
-        except (DeviceError, ValueError) as error:
+        except (CacheError, CompilationError, DeviceError, ValueError) as error:
             raise ConfigurationError(str(error)) from error
 
     def describe(self, request: kv.AttachRequest) -> None:

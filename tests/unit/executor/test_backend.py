@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def test_types_of_cpus_are_refused_on_a_gpu(tmp_path: Path, model: PackedModel, 
 
 def test_a_gpu_that_is_not_there_is_said_to_be_missing(tmp_path: Path, model: PackedModel) -> None:
     with pytest.raises(ConfigurationError, match="use --device cpu"):
+        made(tmp_path, model, device="cuda")
+
+
+def test_an_installation_for_cpus_says_what_is_missing(
+    tmp_path: Path, model: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("services.executor.runner.cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigurationError, match=r"needs torch and CuPy; install .*pagehold\[cuda13\]"):
         made(tmp_path, model, device="cuda")
 
 

@@ -15,7 +15,7 @@ from pagehold.v1 import inference_pb2 as api
 from tests.conftest import Stack
 from tests.faults.streams import generate
 
-pytestmark = pytest.mark.stack
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]  # 64 clients on cores that others use as well
 
 CLIENTS = 64
 NEW_TOKENS = 128

@@ -117,6 +117,8 @@ class _Executor:
         stepping.start()
         if await self._unless_done(self._attached.wait()):
             await self._serve_until_done(engine, progress, stepping)
+        else:
+            await self._stop_stepping(stepping)
         linking.cancel()
         progress.set_state(State.DOWN)
         return self._exit_code()
@@ -144,9 +146,13 @@ class _Executor:
         log.info("ready", epoch=self._pool.epoch, pages=self._pool.pages - 1, model=self._model.name)
         await self._done.wait()
         progress.set_state(State.DRAINING)
+        await self._stop_stepping(stepping)
+        await server.stop(_STOP_SECONDS)
+
+    async def _stop_stepping(self, stepping: threading.Thread) -> None:
+        """Whoever closes the runner must not meet a thread that still uses it."""
         self._inbox.put(Stop())
         await asyncio.to_thread(stepping.join)
-        await server.stop(_STOP_SECONDS)
 
     async def _unless_done(self, wanted: Coroutine[Any, Any, object]) -> bool:
         """Waits for `wanted`. False when the process is to stop first. Raises what `wanted` raises."""

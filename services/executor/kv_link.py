@@ -29,7 +29,7 @@ _MOST_CALLS: Final = 256
 _MOST_BYTES: Final = 8 << 20
 _RETRY_SECONDS: Final = 0.02
 
-Attach = kv.AttachRequest | Callable[[], Awaitable[kv.AttachRequest]]  # made anew before each attach
+Attach = Callable[[], Awaitable[kv.AttachRequest]]  # asked before each attach
 OnReply = Callable[[kv.Call, kv.Reply], None]
 OnAttach = Callable[[kv.AttachResponse], None]
 OnFatal = Callable[[kv.Error], None]
@@ -122,8 +122,7 @@ class KvLink:
 
     async def _write(self, stream: Stream) -> None:
         try:
-            attach = self._attach if isinstance(self._attach, kv.AttachRequest) else await self._attach()
-            await stream.write(kv.SessionRequest(calls=[kv.Call(attach=attach)]))
+            await stream.write(kv.SessionRequest(calls=[kv.Call(attach=await self._attach())]))
             while True:
                 while not self._unsent:
                     self._wake.clear()

@@ -98,9 +98,11 @@ class World:
         self.replied: list[tuple[kv.Call, kv.Reply]] = []
         self.fatal: list[kv.Error] = []
         self.changed = asyncio.Event()
-        attach = kv.AttachRequest(executor_id=b"1" * 16)
-        self.link = KvLink(f"unix:{path}", attach, self._on_attach, self._on_reply, self._on_fatal)
+        self.link = KvLink(f"unix:{path}", self._attach, self._on_attach, self._on_reply, self._on_fatal)
         self.server: grpc.aio.Server | None = None
+
+    async def _attach(self) -> kv.AttachRequest:
+        return kv.AttachRequest(executor_id=b"1" * 16)
 
     def _on_attach(self, response: kv.AttachResponse) -> None:
         self.attached += 1

@@ -152,7 +152,10 @@ class Executor:
         requests = self._requests = Requests(scheduler, self._shared, runner, state.records, (), clock)
         frontends = Frontends(requests, self._shared, settings.prefix_cache, clock)
         pages = Pages(scheduler, requests, runner, self._shared, settings.prefix_cache, settings.fork)
-        attach = _attach_request(number.to_bytes(16, "little"), settings)
+
+        async def attach() -> kv.AttachRequest:
+            return _attach_request(number.to_bytes(16, "little"), settings)
+
         self._link = KvLink(
             f"unix:{state.kvmanager_socket}",
             attach,

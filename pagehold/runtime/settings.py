@@ -77,6 +77,7 @@ class ComponentSettings(StateDirSettings):
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     failpoints: str = Field("", description="faults to arm, for tests; see docs/guarantees.md")
+    hang_seconds: float = Field(10.0, gt=0, description="beyond what a turn should take, until it counts as hung")
     parent_pid: CliSuppress[int] = Field(0, description="the supervisor, with which this process dies; 0: none")
 
 
@@ -127,11 +128,17 @@ class FrontendSettings(ComponentSettings):
     max_message_bytes: Bytes = Field(16 << 20, description="largest message accepted from a client")
     max_stream_buffer: int = Field(4096, ge=64, description="tokens held for a client that does not read")
     reflection: bool = Field(True, description="answer gRPC server reflection")
+    drain_delay: float = Field(0.0, ge=0, description="seconds from unready to closed on shutdown, for balancers")
     drain_grace: float = Field(25.0, ge=0, description="seconds that open streams get on shutdown")
+    instance: int = Field(1, ge=1, le=64, description="number of this frontend, where several use one state folder")
+    share_port: CliSuppress[bool] = Field(False, description="other frontends listen on the same port")
 
 
 class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings):
     """All three components under one supervisor. `--executor` is for frontends on their own."""
+
+    standby: bool = Field(False, description="keep a second executor loaded, which takes over at once")
+    frontends: int = Field(1, ge=1, le=16, description="frontends that share the port")
 
 
 class StatusSettings(StateDirSettings):

@@ -18,6 +18,11 @@ def default_state_dir() -> Path:
     return Path(f"/dev/shm/pagehold-{os.getuid()}")
 
 
+def frontend_name(instance: int) -> str:
+    """What the frontend of this number is called: `frontend`, `frontend-2`, ..."""
+    return "frontend" if instance == 1 else f"frontend-{instance}"
+
+
 @dataclass(frozen=True, slots=True)
 class StateDir:
     """Paths of the shared files, locks and sockets; see docs/lifecycle.md."""
@@ -74,6 +79,14 @@ class StateDir:
         return self.root / "executor.sock"
 
     @property
+    def supervisor_socket(self) -> Path:
+        return self.root / "supervisor.sock"
+
+    def frontend_socket(self, instance: int) -> Path:
+        """Of the frontend of this number, for operators."""
+        return self.root / f"{frontend_name(instance)}.sock"
+
+    @property
     def leash_socket(self) -> Path:
         """Where file descriptors go between executor and manager."""
         return self.root / "leash.sock"
@@ -89,7 +102,7 @@ class StateDir:
             self.records.rmdir()
         files = (self.tables, self.tables.with_suffix(".new"), self.pool)
         locks = (self.manager_lock, self.executor_lock, self.supervisor_lock)
-        sockets = (self.kvmanager_socket, self.executor_socket, self.leash_socket)
+        sockets = self.root.glob("*.sock")
         # Locks last: once they are gone the folder may be another's.
         for path in (*files, *sockets, *self.root.glob("*.progress"), *locks):
             path.unlink(missing_ok=True)

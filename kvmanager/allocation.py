@@ -61,7 +61,7 @@ class Allocator:
         """How many pages a row over these can ever have: what is pinned is there for its sharers only."""
         pinned = self._pins.pages
         mine = len(pinned.intersection(shared.tolist())) if pinned else 0
-        return min(self._rows.capacity, self._pages.usable - len(pinned) + mine)
+        return min(self._rows.capacity, self._pages.promised - len(pinned) + mine)
 
     def _reserve(self, fresh: int, wish: int, keep_free: int) -> int:
         """Makes sure of `fresh` pages. Returns how many of the `wish` beyond them may be taken too."""

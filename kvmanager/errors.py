@@ -18,6 +18,7 @@ class Refusal(Enum):
     NO_MEMORY = auto()
     INVALID = auto()
     TOO_LARGE = auto()
+    PROTOCOL = auto()
 
 
 class Refused(Exception):

@@ -44,14 +44,15 @@ class Pages:
     ) -> None:
         """back(page): tries to put memory behind pages 0..page; returns how many pages have memory.
 
-        limit: pages from this id on are not used.
+        limit: pages from this id on are never used.
         """
         self._tables = tables
         self._memory = memory
         self._hit = hit
         self._back = back
         self.count = len(tables.page_word)
-        self.limit = limit
+        self._most = limit
+        self.limit = limit  # pages from this id on are not used: lower while no memory is to be had for them
         self.holders: npt.NDArray[np.int32] = np.zeros(self.count, np.int32)  # rows that name the page
         self.free: list[int] = []  # the next one at the end
         self.cached = 0
@@ -90,8 +91,13 @@ class Pages:
 
     @property
     def usable(self) -> int:
-        """All pages that rows can ever get."""
+        """All pages that rows can get, as things are."""
         return max(self.limit - 1, 0)
+
+    @property
+    def promised(self) -> int:
+        """All that they can get once there is memory for each: what an open request may count on."""
+        return max(self._most - 1, 0)
 
     @property
     def available(self) -> int:
@@ -101,16 +107,23 @@ class Pages:
     def reserve(self, wanted: int) -> bool:
         """Whether `wanted` pages can be taken now, with memory behind each. Invalidates nothing.
 
-        Where no memory is to be had the pool ends, from now on.
+        Where no memory is to be had the pool ends, until `regrow`.
         """
         while 0 < wanted <= self.available:
             highest = max(self.free[-wanted:], default=NO_PAGE)
             backed = self._back(highest)
             if highest < backed:
                 return True
-            self.limit = backed
+            self.limit = max(backed, NO_PAGE + 1)
             self.free = [page for page in self.free if page < backed]
         return wanted == 0
+
+    def regrow(self) -> None:
+        """Has there come memory for a pool that ended early? Then it is whole again, until more is missing."""
+        if self.limit < self._most and self._back(self.limit) > self.limit:
+            # No row ever had one of these.
+            self.free = [*range(self._most - 1, self.limit - 1, -1), *self.free]
+            self.limit = self._most
 
     def take(self, count: int) -> Ids:
         """Pages for one row to fill: invalidated here, before any row names them. They were reserved.

@@ -100,7 +100,14 @@ class Pool:
         return backed // page_bytes
 
     def _allocate(self, start: int, end: int) -> bool:
-        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            room = os.statvfs(self._path)
+            # Trying would take, for a moment, what others still have.
+            if room.f_blocks and room.f_bavail * room.f_frsize < end - start:
+                return False
+            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
         try:
             os.posix_fallocate(fd, start, end - start)
         except OSError:

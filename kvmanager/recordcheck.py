@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from kvmanager.prefix import root_hash
 from kvmanager.records import Records
 from kvmanager.source import Source
 from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.mapping import map_shared
 from pagehold.v1 import inference_pb2 as api
 
 
@@ -31,8 +31,7 @@ class RecordFiles:
 
 def map_log(path: Path) -> RequestLog:
     """Read-only. Raises OSError or ValueError."""
-    with path.open("rb") as file:
-        return RequestLog(memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
+    return RequestLog(map_shared(path, writable=False))
 
 
 def check_files(folder: Path, fingerprint: str, wanted: set[str]) -> RecordFiles:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from kvmanager.pins import Pin
 from kvmanager.prefix import Hash, root_hash
 from kvmanager.source import Source
 from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.descriptors import is_scarcity
+from pagehold.runtime.mapping import map_descriptor, map_shared
 from pagehold.v1 import inference_pb2 as api
 
 log = structlog.get_logger()
@@ -45,7 +46,7 @@ class Records:
     """Every record in the folder. Logs are mapped read-only: the executor alone writes them."""
 
     def __init__(self, folder: Path, fingerprint: str, quota: int, hit: Callable[[str], None]) -> None:
-        """Adopts what is there, and removes what a death left half-made."""
+        """Adopts what is there, and removes what a death left half-made. Raises OSError for want of descriptors."""
         self._folder = folder
         self._fingerprint = fingerprint
         self._quota = quota
@@ -135,7 +136,7 @@ class Records:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, log_bytes)  # a full tmpfs is an error here, not a SIGBUS later
-            view = memoryview(mmap.mmap(fd, log_bytes))
+            view = map_descriptor(fd, log_bytes, writable=True)
         finally:
             os.close(fd)
         prompt = np.fromiter(record.prompt, np.uint32, len(record.prompt))
@@ -180,6 +181,8 @@ class Records:
             try:
                 self._adopt_one(path)
             except (OSError, ValueError, DecodeError, Refused) as error:
+                if is_scarcity(error):
+                    raise
                 # Out of the way, not away: one damaged record must not keep all others from being served.
                 log.error("damaged record set aside", key=path.stem, error=str(error))
                 set_aside(self._folder, path.stem)
@@ -200,8 +203,7 @@ class Records:
             self.pinning.add(key)
 
     def _map(self, key: str) -> RequestLog:
-        with (self._folder / f"{key}.log").open("rb") as file:
-            return RequestLog(memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
+        return RequestLog(map_shared(self._folder / f"{key}.log", writable=False))
 
 
 def set_aside(folder: Path, key: str) -> None:

@@ -27,6 +27,7 @@ from kvmanager.source import Source
 from kvmanager.stored import check_tables
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.lock import FileLock, LockBusy, read_id
+from pagehold.runtime.protocol import skew
 from pagehold.runtime.statedir import StateDir
 
 log = structlog.get_logger()
@@ -97,6 +98,8 @@ class Manager:
     def _attach(self, request: kv.AttachRequest, take_offer: TakeOffer) -> kv.AttachResponse:
         if len(request.executor_id) != 16 or request.executor_id != read_id(self._state.executor_lock):
             raise Refused(Refusal.STALE_EPOCH, "executor.lock names another executor")
+        if wrong := skew("kvmanager", "executor", request.protocol):
+            raise Refused(Refusal.PROTOCOL, wrong)
         asked = Asked.of(request)
         is_new = self.pool is None or not self._serves(self.pool, asked)
         if is_new:
@@ -218,6 +221,7 @@ class Manager:
             for key in self.records.expired(now, self._ttl):
                 if not self.core.has_rows(key) or self._close_orphans(self.core, key):
                     self.records.forget(key)
+            self.core.pages.regrow()
             self.records.unmap_ended({key for key, _ in self.core.live_rows})
         return sealed
 

@@ -25,6 +25,7 @@ from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint, logs
 from pagehold.runtime.channel import server_options
 from pagehold.runtime.progress import Progress, State
+from pagehold.runtime.protocol import PROTOCOL
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir, StateDirError
 from services.executor.backend import Backend, ConfigurationError, HostBackend, PoolGone
@@ -190,6 +191,7 @@ class _Executor:
                 rows=2 * settings.max_num_seqs,
             ),
             prefix_cache=settings.prefix_cache,
+            protocol=PROTOCOL,
         )
         self._backend.describe(request)
         return request

@@ -11,6 +11,7 @@ import structlog
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
+from pagehold.runtime.protocol import PROTOCOL, skew
 from services.executor.engine import Engine
 from services.executor.inbox import Connected, Disconnected, FromFrontend, Inbox, Wake
 from services.executor.modelstore.store import PackedModel
@@ -45,6 +46,8 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
     async def Describe(
         self, request: ex.DescribeRequest, context: grpc.aio.ServicerContext[ex.DescribeRequest, ex.DescribeResponse]
     ) -> ex.DescribeResponse:
+        if wrong := skew("executor", "frontend", request.protocol):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, wrong)
         described, model = self._description, self._description.model
         return ex.DescribeResponse(
             served_model_name=described.served_model_name,
@@ -64,6 +67,7 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
             pages=self._pool.pages - 1,
             add_bos_token=model.add_bos_token,
             bos_token_id=model.bos_token_id or 0,
+            protocol=PROTOCOL,
         )
 
     async def GetLoad(

@@ -22,6 +22,7 @@ import structlog
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
 from pagehold.runtime.channel import client_options
+from pagehold.runtime.protocol import PROTOCOL, skew
 from pagehold.v1 import inference_pb2 as api
 from services.frontend.clientstream import ClientStream
 from services.frontend.errors import from_failure, unavailable
@@ -38,6 +39,10 @@ _REPEAT_SECONDS: Final = 10.0  # a cancel sent this long before a break has arri
 _MOST_CANCELS: Final = 65_536
 _LONGEST_TIMEOUT_MS: Final = 1 << 32  # 49 days
 _TOKENS_AT_ONCE: Final = 512  # fed before other streams get a turn: a resumed crowd has much to replay
+
+
+class SkewError(Exception):
+    """The executor's version of the messages is not ours, nor next to it; the message says what to do."""
 
 
 class ExecutorLink:
@@ -112,18 +117,26 @@ class ExecutorLink:
             while True:
                 pause = _RETRY_SECONDS
                 try:
-                    await self._learn(await self._stub.Describe(ex.DescribeRequest(), wait_for_ready=True))
+                    asked = ex.DescribeRequest(protocol=PROTOCOL)
+                    await self._learn(await self._stub.Describe(asked, wait_for_ready=True))
                     await self._session(self._stub)
                 except grpc.aio.AioRpcError as error:
                     if error.code() is not grpc.StatusCode.UNAVAILABLE:  # it is there, but no executor of ours
-                        log.warning("the executor does not say what it serves", code=error.code().name)
+                        log.warning(
+                            "the executor does not say what it serves", code=error.code().name, reason=error.details()
+                        )
                         pause = _FAULT_SECONDS
+                except SkewError as error:
+                    log.error("this executor cannot be used", reason=str(error))
+                    pause = _FAULT_SECONDS
                 except Exception:
                     log.exception("the executor's answer makes no sense; connecting again")
                     pause = _FAULT_SECONDS
                 await asyncio.sleep(pause)
 
     async def _learn(self, described: ex.DescribeResponse) -> None:
+        if wrong := skew("frontend", "executor", described.protocol):
+            raise SkewError(wrong)
         known = self.model
         if known is None or known.described.fingerprint != described.fingerprint:
             tokenizer = await asyncio.to_thread(ModelTokenizer, described)

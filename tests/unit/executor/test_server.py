@@ -12,6 +12,7 @@ import pytest
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
+from pagehold.runtime.protocol import PROTOCOL
 from services.executor.inbox import Connected, Disconnected, Event, FromFrontend, Inbox
 from services.executor.server import ExecutorServicer
 
@@ -96,3 +97,12 @@ async def test_a_writing_side_that_fails_ends_the_stream(served: Served) -> None
         connection_of(served).offer(cast(ex.ConnectResponse, "cannot be serialized"))
         await served.until(lambda: is_over(served))
         assert await asyncio.wait_for(stream.read(), 5) is grpc.aio.EOF
+
+
+async def test_a_frontend_two_versions_behind_is_told_what_to_do(served: Served) -> None:
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        stub = ex_grpc.ExecutorServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Describe(ex.DescribeRequest(protocol=PROTOCOL + 2))
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "upgrade the executor" in (refused.value.details() or "")

@@ -10,8 +10,10 @@ from typing import Any
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from pagehold.executor.v1 import executor_pb2 as ex
+from pagehold.runtime.protocol import PROTOCOL
 from pagehold.v1 import inference_pb2 as api
 from pagehold.v1 import inference_pb2_grpc as api_grpc
 from services.frontend import clientstream
@@ -19,7 +21,7 @@ from services.frontend.clientstream import ClientStream
 from services.frontend.errors import ErrorGuard
 from services.frontend.inference import InferenceServicer
 from services.frontend.link import ExecutorLink
-from tests.unit.frontend.world import FakeExecutor, step
+from tests.unit.frontend.world import FakeExecutor, described, step
 
 
 class Frontend:
@@ -179,6 +181,21 @@ async def test_without_any_executor_yet_the_answer_is_unavailable(tmp_path: Path
 
 
 # --- resume ---
+
+
+async def test_an_executor_two_versions_ahead_is_not_used(tmp_path: Path) -> None:
+    executor = FakeExecutor(tmp_path, described(protocol=PROTOCOL + 2))
+    await executor.start()
+    link = ExecutorLink(executor.address, lambda: None)
+    running = asyncio.create_task(link.run())
+    with capture_logs() as said:
+        async with asyncio.timeout(5):
+            while not said:
+                await asyncio.sleep(0.01)
+    running.cancel()
+    await executor.stop()
+    assert "upgrade the frontend" in said[0]["reason"]
+    assert not link.connected and link.model is None
 
 
 async def test_resume_replays_and_suppresses_what_the_client_has(frontend: Frontend) -> None:

@@ -275,18 +275,39 @@ def test_a_new_epoch_frees_the_rows_of_records_that_are_gone() -> None:
     assert list(bench.core.live_rows) == [(kept, 0)] and bench.core.check_integrity() == []
 
 
-def test_where_memory_ends_the_pool_ends() -> None:
-    bench = Bench(pages=20, back=lambda page: min(page + 1, 6))
+def test_where_memory_ends_the_pool_ends_until_there_is_more() -> None:
+    most = 6
+    bench = Bench(pages=20, back=lambda page: min(page + 1, most))
     assert bench.ensure(bench.open("a", [1]), 12).capacity == 12
     with pytest.raises(Refused) as found:
         bench.ensure(bench.open("b", [2]), 12)
     assert refusal(found) is Refusal.NO_PAGES
     assert bench.core.pages.usable == 5
-    with pytest.raises(Refused) as found:
-        bench.ensure(bench.open("c", [3]), 24)
-    assert refusal(found) is Refusal.TOO_LARGE
+    large = bench.open("c", [3])
+    for _ in range(2):
+        with pytest.raises(Refused) as found:
+            bench.ensure(large, 24)
+        assert refusal(found) is Refusal.NO_PAGES  # it was opened when there seemed to be room: it waits
+        bench.core.pages.regrow()
+        assert bench.core.pages.usable == 5
     assert bench.ensure(bench.open("d", [4]), 8).capacity == 8
-    assert bench.core.check_integrity() == []
+    most = 20
+    bench.core.pages.regrow()
+    assert bench.core.pages.usable == 20 and bench.core.check_integrity() == []
+    assert bench.ensure(large, 24).capacity == 24
+
+
+def test_a_pool_that_has_no_memory_at_all_yet_grows_without_the_reserved_page() -> None:
+    most = 0
+    bench = Bench(pages=20, back=lambda page: min(page + 1, most))
+    key = bench.open("a", [1])
+    with pytest.raises(Refused) as found:
+        bench.ensure(key, 12)
+    assert refusal(found) is Refusal.NO_PAGES
+    most = 21
+    bench.core.pages.regrow()
+    assert bench.ensure(key, 44).capacity == 44
+    assert bench.core.check_integrity() == [] and bench.core.pages.usable == 20
 
 
 @pytest.mark.parametrize("array", ["row_entry", "page_word", "page_hash", "row_key", "page_used"])

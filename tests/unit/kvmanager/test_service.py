@@ -10,6 +10,7 @@ from kvmanager import pool as pools
 from kvmanager.layout import Reason
 from kvmanager.service import Manager
 from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.protocol import PROTOCOL
 from pagehold.runtime.statedir import StateDir
 from tests.unit.kvmanager.files import (
     PAGE_SIZE,
@@ -324,3 +325,14 @@ def test_rows_grow_by_columns(state: StateDir) -> None:
     assert list(manager.call(kv.Call(ensure_rows=ask)).ensure_rows.capacities) == [64, 80, 0]
     ask.headrooms.pop()
     assert reason(manager.call(kv.Call(ensure_rows=ask))) == kv.ERROR_REASON_INVALID
+
+
+def test_an_executor_two_versions_ahead_is_refused(state: StateDir) -> None:
+    manager = manager_of(state)
+    take_lock(state, b"1" * 16).release()
+    request = attach_request(b"1" * 16)
+    request.protocol = PROTOCOL + 2
+    refused = manager.attach(request)
+    assert reason(refused) == kv.ERROR_REASON_PROTOCOL and "upgrade the kvmanager" in refused.error.message
+    request.protocol = PROTOCOL + 1
+    assert manager.attach(request).attach.pool_is_new

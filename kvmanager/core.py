@@ -73,11 +73,11 @@ class ManagerCore:
         """
         self.tables = tables
         self.sources = sources
-        self._memory = memory or Memory()
+        self._memory = memory or Memory(hit)
         self._hit = hit
         self.page_size = int(tables.page_tokens.shape[1])
         self.pages = Pages(tables, self._memory, hit, back, len(tables.page_word) if limit is None else limit)
-        self.rows = Rows(tables, self._memory)
+        self.rows = Rows(tables, self._memory, hit)
         self.pins = Pins(tables, self._memory, self.rows, self.pages)
         self._allocator = Allocator(tables, self.rows, self.pages, self.pins)
         self._sealer = Sealer(tables, self.rows, self.pages, sources, self._pin)
@@ -88,11 +88,13 @@ class ManagerCore:
 
     def rebuild(self) -> None:
         """Derives everything from the tables."""
+        self._hit("kvmanager.rebuild.before")
         self.rows.rebuild()
         self._sealer.rebuild()
         self.pins.rebuild()
         named = [*self.rows.live.values(), *self.rows.pinned.values()]
         self.pages.rebuild(np.concatenate([_NOTHING, *map(self.rows.pages, named)]))
+        self._hit("kvmanager.rebuild.after")
 
     # --- epochs ---
 
@@ -276,6 +278,7 @@ class ManagerCore:
         if source.pin is not None and row.index == 0:
             whole = source.outputs[0].prompt_length // self.page_size
             if 0 < whole <= row.sealed:
+                self._hit("kvmanager.pin.before")
                 self.pins.set(source.pin, self.rows.pages(row)[:whole])
 
     def _close(self, row: Row) -> None:

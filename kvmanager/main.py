@@ -27,6 +27,7 @@ from kvmanager.session import KvManagerServicer
 from kvmanager.vacant import discard
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime import failpoint, logs
+from pagehold.runtime.admin import serve_admin
 from pagehold.runtime.channel import server_options
 from pagehold.runtime.lock import LOOK_SECONDS, FileLock, LockBusy
 from pagehold.runtime.progress import Progress, State
@@ -48,6 +49,7 @@ def main(settings: KvManagerSettings) -> int:
     try:
         failpoint.arm(settings.failpoints)
         state = StateDir.prepare(settings.state_dir)
+        failpoint.arm_once(state.failpoints("kvmanager"))
         if settings.discard:
             discard(state)
         lock = FileLock(state.manager_lock)  # never released: the process's end does it
@@ -66,7 +68,7 @@ def main(settings: KvManagerSettings) -> int:
         return _refuse(str(error), EXIT_CONFIG)
     except OSError as error:
         return _refuse(f"cannot use the files in {state.root}: {error.strerror}", EXIT_FAULT)
-    return uvloop.run(_serve(state, manager, progress))
+    return uvloop.run(_serve(settings, state, manager, progress))
 
 
 def _exporter(driver: str, kind: PoolKind) -> Exporter:
@@ -79,7 +81,7 @@ def _refuse(message: str, code: int) -> int:
     return code
 
 
-async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
+async def _serve(settings: KvManagerSettings, state: StateDir, manager: Manager, progress: Progress) -> int:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[int] = loop.create_future()
 
@@ -94,9 +96,10 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, finish, 0)
     leash = Leash(state.leash_socket)
-    servicer = KvManagerServicer(manager, progress, fail, leash)
+    servicer = KvManagerServicer(manager, progress, fail, leash, settings.hang_seconds)
     server = grpc.aio.server(options=server_options())
     kv_grpc.add_KvManagerServiceServicer_to_server(servicer, server)
+    serve_admin(server)
     # Before the other socket: whoever reaches that one has been able to greet.
     leash.start()
     # The lock is held, so whoever left a socket here is dead.
@@ -108,12 +111,13 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
     progress.set_state(State.READY)
     log.info("serving", state_dir=str(state.root), epoch=manager.epoch)
     between_calls = [
-        asyncio.create_task(_sweep(manager, servicer)),
+        asyncio.create_task(_sweep(manager, servicer, progress, settings.hang_seconds)),
         asyncio.create_task(_check(manager, servicer, progress)),
     ]
     code = await done
     for task in between_calls:
         task.cancel()
+    progress.end_turn()
     progress.set_state(State.DRAINING)
     await server.stop(_STOP_SECONDS)
     leash.close()
@@ -121,10 +125,11 @@ async def _serve(state: StateDir, manager: Manager, progress: Progress) -> int:
     return code
 
 
-async def _sweep(manager: Manager, servicer: KvManagerServicer) -> None:
+async def _sweep(manager: Manager, servicer: KvManagerServicer, progress: Progress, hang_seconds: float) -> None:
     """Seals and expires between turns, the more often the more happens."""
     seconds, seen = _SWEEP_SECONDS, servicer.changes
     while True:
+        progress.begin_turn(hang_seconds + seconds)
         await asyncio.sleep(seconds)
         try:
             sealed = manager.sweep()

@@ -191,6 +191,7 @@ class Pages:
         put(tables.page_tokens, page, tokens)
         self._hit("kvmanager.seal.before_word")
         put(tables.page_word, page, page_word(PageState.SEALED, generation_of(tables.page_word[page])))
+        self._hit("kvmanager.seal.after")
         self.index.add(content, parent, int(tokens[0]), page)
 
     def generations(self, pages: Ids) -> npt.NDArray[np.uint64]:

@@ -8,6 +8,7 @@ an older row of the same output is older by its generation, wherever it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,9 +47,10 @@ class Row:
 class Rows:
     """All rows of the tables."""
 
-    def __init__(self, tables: Tables, memory: Memory) -> None:
+    def __init__(self, tables: Tables, memory: Memory, hit: Callable[[str], None]) -> None:
         self._tables = tables
         self._memory = memory
+        self._hit = hit
         self.live: dict[tuple[str, int], Row] = {}
         self.pinned: dict[str, Row] = {}  # by the pin's key
         self.free: list[int] = []  # for sequences
@@ -110,6 +112,7 @@ class Rows:
         put(tables.row_key, row.number, key_words(row.key))
         put(tables.row_entry, (row.number, slice(0, len(pages))), pages.astype(np.uint64) | generations << _SHIFT)
         put(tables.row_length, row.number, len(pages))
+        self._hit("kvmanager.row.before_word")
         put(tables.row_word, row.number, row_word(state, row.index, row.generation))
         self._enter(row, state)
 
@@ -124,6 +127,7 @@ class Rows:
         places = np.repeat(lengths, counts) + within
         put(tables.row_entry, (np.repeat(numbers, counts), places), pages.astype(np.uint64) | generations << _SHIFT)
         lengths += counts
+        self._hit("kvmanager.row.before_length")
         put(tables.row_length, numbers, lengths.astype(np.uint64))
         extended = [self._numbered[number] for number in numbers.tolist()]
         for row, length in zip(extended, lengths.tolist(), strict=True):
@@ -137,6 +141,7 @@ class Rows:
     def release(self, row: Row) -> None:
         """A live row, or a pinned one."""
         self._memory.put(self._tables.row_word, row.number, row_word(RowState.FREE, 0, row.generation))
+        self._hit("kvmanager.row.released")
         if row.number < self._tables.rows:
             del self.live[row.key, row.index], self._numbered[row.number]
             self.free.append(row.number)

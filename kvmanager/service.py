@@ -109,6 +109,7 @@ class Manager:
             exporter = self._exporter(asked.place.kind)
             is_new = have_memory(self.pool, self.core, request.device.mapped_pool, take_offer, exporter) or is_new
         self.core.prefix_cache = request.prefix_cache
+        self._hit("kvmanager.attach.before")
         epoch = self.core.attach(request.executor_id)
         self._hit("kvmanager.attach.after")
         return kv.AttachResponse(

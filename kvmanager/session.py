@@ -21,7 +21,7 @@ from pagehold.runtime.progress import Progress
 
 log = structlog.get_logger()
 
-_TURN_SECONDS: Final = 10.0  # a turn that takes longer is a hang; making memory for an extent may take a while
+_ATTACH_SECONDS: Final = 60.0  # a pool may have to be made
 _GREETING_SECONDS: Final = 1.0  # it is sent before the attach, over another socket
 _ROOM_SECONDS: Final = 5.0  # until a device that lacks memory is believed to
 _ROOM_LOOK_SECONDS: Final = 0.2
@@ -44,16 +44,18 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
         progress: Progress,
         on_fault: Callable[[Exception], None],
         leash: Leash | None = None,
+        hang_seconds: float = 10.0,
     ) -> None:
         """on_fault: told of an exception that is no refusal; nothing is served from then on.
 
         What is derived may be half-changed then. What is stored never is: the next manager adopts it.
-        leash: for pools on devices.
+        leash: for pools on devices. hang_seconds: a turn, or a pause between two, that takes longer is a hang.
         """
         self._leash = leash
         self._proved = b""  # the executor that is known to be alone on the device
         self._manager = manager
         self._progress = progress
+        self._hang_seconds = hang_seconds
         self._on_fault = on_fault
         self._broken = False
         self._current: object | None = None  # the session that may call
@@ -102,7 +104,8 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
 
     def _turn(self, me: object, request: kv.SessionRequest) -> kv.SessionResponse:
         self.guard()
-        self._progress.begin_turn(_TURN_SECONDS)
+        attaches = bool(request.calls) and request.calls[0].HasField("attach")
+        self._progress.begin_turn(self._hang_seconds + (_ATTACH_SECONDS if attaches else 0.0))
         self.changes += 1
         try:
             return kv.SessionResponse(replies=[self._call(me, call) for call in request.calls])
@@ -110,7 +113,7 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
             self.fail(error)
             raise
         finally:
-            self._progress.end_turn()
+            self._progress.end_turn(next_within=self._hang_seconds)
 
     def _call(self, me: object, call: kv.Call) -> kv.Reply:
         if call.HasField("attach"):
@@ -147,7 +150,7 @@ class KvManagerServicer(kv_grpc.KvManagerServiceServicer):
         try:
             report = self._manager.fsck()
         finally:
-            self._progress.end_turn()
+            self._progress.end_turn(next_within=self._hang_seconds)
         return kv.FsckResponse(
             findings=[kv.Finding(kind=one.kind.name, message=str(one)) for one in report.findings[:_MOST_FINDINGS]],
             total=len(report.findings),

@@ -75,6 +75,7 @@ class Frontends:
     # --- submit ---
 
     def _submit(self, connection: Connection, submit: ex.Submit) -> None:
+        failpoint.hit("executor.submit.before")
         try:
             message = api.GenerateRequest.FromString(submit.request)
         except DecodeError:
@@ -171,6 +172,7 @@ class Frontends:
     # --- what is said of a request that may be there ---
 
     def _attach(self, connection: Connection, attach: ex.Attach) -> None:
+        failpoint.hit("executor.resume.before")
         key = request_key(attach.tenant, attach.request_id)
         if key in self._openings:
             self._openings.take_over(key, connection, attach.stream_id, attach)
@@ -191,8 +193,10 @@ class Frontends:
             # A reader that has not seen the request needs its text from the start.
             sequence.cursor = 0 if attach.describe else positions.get(sequence.index, 0)
         publisher.attach(request, connection, attach.stream_id, attach.describe)
+        failpoint.hit("executor.resume.after")
 
     def _detach(self, connection: Connection, detach: ex.Detach) -> None:
+        failpoint.hit("executor.detach.before")
         request = connection.streams.get(detach.stream_id)
         expires = self._clock() + detach.grace_ms / 1000
         if request is None:
@@ -201,6 +205,7 @@ class Frontends:
             self._requests.detach(request, expires)
 
     def _cancel(self, key: str) -> None:
+        failpoint.hit("executor.cancel.before")
         if key in self._openings:
             self._openings[key].cancelled = True
         elif (request := self._requests.find(key)) is not None and not request.ended:
@@ -208,6 +213,7 @@ class Frontends:
             self._requests.cancel(request)
 
     def _stop_at(self, stop: ex.StopAt) -> None:
+        failpoint.hit("executor.stop_at.before")
         key = request_key(stop.tenant, stop.request_id)
         if key in self._openings:
             return  # nothing of it was ever sent, so there is nothing to end

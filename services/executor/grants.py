@@ -48,6 +48,7 @@ def of_fork(response: kv.ForkResponse, source: Sequence | None) -> Grant:
 
 def settle(sequence: Sequence, grant: Grant, pool: SharedPool, runner: Runner) -> None:
     """Afterwards the sequence can run."""
+    failpoint.hit("executor.grant.before")
     sequence.row, sequence.row_generation, sequence.capacity = grant.row, grant.generation, grant.capacity
     pool.bind(sequence)
     sequence.settle(pool.usable_computed(sequence))

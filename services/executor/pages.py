@@ -12,6 +12,7 @@ from __future__ import annotations
 import structlog
 
 from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime import failpoint
 from services.executor import calls, grants, publisher
 from services.executor.admission import Admission
 from services.executor.grants import Grant
@@ -208,6 +209,8 @@ class Pages:
 
     def _lose_row(self, sequence: Sequence) -> kv.Call:
         sequence.preempted = True
+        failpoint.hit("executor.preempt.before")
         sequence.log.set_progress(0, sequence.committed)  # before the close that ends the row
+        failpoint.hit("executor.preempt.after")
         self._scheduler.preempt(sequence)
         return self._requests.give_up(sequence)

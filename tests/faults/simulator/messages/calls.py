@@ -104,7 +104,9 @@ class Stream:
         context.serialize = handler.response_serializer
         if not handler.request_streaming:
             first = await self.up.receive()
-            request = handler.request_deserializer(first) if isinstance(first, bytes) else None
+            if not isinstance(first, bytes):
+                raise grpc.aio.AbortError  # broken before the request came: nobody is called
+            request = handler.request_deserializer(first)
             if handler.response_streaming:
                 await handler.unary_stream(request, context)
             else:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar
 
-from tests.faults.simulator.faults import Violation
+from tests.faults.simulator.faults import Killed, Violation
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Process:
 
         def look(task: asyncio.Task[Any]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
-                self._loop.faults.append(error)
+                self._loop.found(error)
 
         self.spawn(coroutine).add_done_callback(look)
 
@@ -111,7 +111,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _take_fault(self, loop: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        self.faults.append(error if error is not None else RuntimeError(context["message"]))
+        self.found(error if error is not None else RuntimeError(context["message"]))
+
+    def found(self, error: BaseException) -> None:
+        """No task has caught it."""
+        if not isinstance(error, Killed):  # then its process is dead already
+            self.faults.append(error)
 
 
 class VirtualTime:

@@ -12,6 +12,7 @@ import grpc
 import structlog
 
 import pagehold.client
+import pagehold.runtime.channel
 import services.executor.sequence
 import services.executor.server
 import services.frontend.clientstream
@@ -80,6 +81,9 @@ def seams(network: Network, hit: Hit) -> Iterator[None]:
     def channel(address: str, options: Any = None) -> Channel:
         return Channel(network, address)
 
+    async def listening(address: str) -> None:
+        """A channel finds out by itself."""
+
     configured = structlog.get_config()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
@@ -87,6 +91,7 @@ def seams(network: Network, hit: Hit) -> Iterator[None]:
     time = VirtualTime(network.loop)
     patches = [patch.object(module, "time", time) for module in _TIMED]
     patches.append(patch.object(grpc.aio, "insecure_channel", channel))
+    patches.append(patch.object(pagehold.runtime.channel, "listening", listening))
     patches.append(patch.object(failpoint, "hit", hit))
     patches.append(patch.object(services.executor.sequence, "RequestLog", DyingLog))
     patches.append(patch.object(services.executor.server, "Connection", CheckedConnection))

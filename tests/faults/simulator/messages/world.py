@@ -142,8 +142,10 @@ class World:
             return
         if process.name == "executor" and self._deaths["executor"].due():
             self.say(f"executor is to die at {name}")
+            process.kill()
             raise ExecutorKilled
         if process.name.startswith("frontend") and self._deaths["frontend"].due():
+            process.kill()
             raise FrontendKilled
 
     # --- what is shared ---

@@ -192,7 +192,9 @@ class _Reading:
         by_itself = error.code() is grpc.StatusCode.ABORTED and self._broken > 0
         # Before `accepted` a full server is an answer; after it, it only means that this reader was too slow.
         slow = self.accepted and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        if error.code() is not grpc.StatusCode.UNAVAILABLE and not slow and not by_itself:
+        # Of a call that meets a gRPC server's end on its way; what we cancel ourselves does not come back to us.
+        lost = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        if not lost and not slow and not by_itself:
             return False
         self._broken += -1 if by_itself else 1
         self._alone_since = self._alone_since or time.monotonic()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,19 @@ def to_flags(flags: dict[str, Any]) -> list[str]:
 class Stack:
     """A running `pagehold up`."""
 
-    def __init__(self, folder: Path, flags: dict[str, Any], environment: dict[str, str] | None) -> None:
-        self.state_dir = folder / "state"
+    def __init__(
+        self, folder: Path, flags: dict[str, Any], environment: dict[str, str] | None, stderr: int | None = None
+    ) -> None:
+        self.state_dir = Path(flags.get("state_dir", folder / "state"))
         self.address = f"127.0.0.1:{free_port()}"
         self.log = folder / "log"
         words = to_flags({"state_dir": self.state_dir, "listen": self.address, "kv_memory": "512MiB", **flags})
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "up", *words], stderr=log, stdout=log, env={**os.environ, **(environment or {})}
+                [*COMMAND, "up", *words],
+                stderr=log if stderr is None else stderr,
+                stdout=log,
+                env={**os.environ, **(environment or {})},
             )
         if not await_ready(self.address, self.process.pid, START_SECONDS):
             self.process.kill()
@@ -94,7 +100,10 @@ class Stack:
 
 @pytest.fixture
 def start_stack() -> Iterator[Callable[..., Stack]]:
-    """start_stack(environment=None, **flags) -> Stack. All are stopped at the end, and must leave nothing."""
+    """start_stack(environment=None, stderr=None, state_dir=None, **flags) -> Stack.
+
+    stderr: a descriptor. All are stopped at the end, and must leave nothing.
+    """
     yield from _stacks()
 
 
@@ -109,14 +118,20 @@ def stack() -> Iterator[Stack]:
     next(factory, None)
 
 
+@contextmanager
+def running_stacks() -> Iterator[Callable[..., Stack]]:
+    """`start_stack` outside of pytest."""
+    yield from _stacks()
+
+
 def _stacks() -> Iterator[Callable[..., Stack]]:
     stacks: list[Stack] = []
     with tempfile.TemporaryDirectory(prefix="pagehold-test-", dir="/dev/shm") as root:
 
-        def start(environment: dict[str, str] | None = None, **flags: Any) -> Stack:
+        def start(environment: dict[str, str] | None = None, stderr: int | None = None, **flags: Any) -> Stack:
             folder = Path(root) / str(len(stacks))
             folder.mkdir()
-            started = Stack(folder, flags, environment)
+            started = Stack(folder, flags, environment, stderr)
             stacks.append(started)
             return started
 

@@ -7,9 +7,12 @@ import sys
 
 import structlog
 
+from pagehold.runtime import stderr
+
 
 def configure(component: str, level: str = "info") -> None:
-    """Sets up structlog for this process; every line names the component. Logs go to stderr."""
+    """Sets up structlog for this process; every line names the component. Logs go to stderr, and never hold it up."""
+    stderr.install()
     terminal = sys.stderr.isatty()
     renderer = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
     structlog.configure(

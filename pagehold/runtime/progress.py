@@ -77,19 +77,22 @@ class Progress:
         """A turn that must end within `seconds`, else the component counts as hung."""
         self._words[_DEADLINE] = time.monotonic_ns() + int(seconds * 1e9)
 
-    def end_turn(self, committed: int = 0) -> None:
-        """The turn is done; the component is idle until the next one begins."""
+    def end_turn(self, committed: int = 0, next_within: float = 0.0) -> None:
+        """The turn is done. next_within: seconds until the next one begins, else it hangs; 0: no matter when."""
         if committed:
             self._words[_COMMITTED] += np.uint64(committed)
         self._words[_TURN] += np.uint64(1)
-        self._words[_DEADLINE] = 0
+        self._words[_DEADLINE] = time.monotonic_ns() + int(next_within * 1e9) if next_within else 0
 
 
 def read_progress(path: Path) -> ProgressView | None:
-    """None when the component never ran here, or the file is damaged. A dead pid is the caller's to find out."""
+    """None when the component never ran here, or the file is damaged or cannot be opened now.
+
+    A dead pid is the caller's to find out.
+    """
     try:
         words = np.fromfile(path, np.uint64, _WORDS)
-    except FileNotFoundError:
+    except OSError:
         return None
     if len(words) < _WORDS:
         return None

@@ -76,7 +76,7 @@ class ComponentSettings(StateDirSettings):
     """What all components share."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    failpoints: str = Field("", description="faults to arm, for tests; see docs/guarantees.md")
+    failpoints: str = Field("", description="faults to arm, for tests; see docs/failpoints.md")
     hang_seconds: float = Field(10.0, gt=0, description="beyond what a turn should take, until it counts as hung")
     parent_pid: CliSuppress[int] = Field(0, description="the supervisor, with which this process dies; 0: none")
 
@@ -132,6 +132,23 @@ class FrontendSettings(ComponentSettings):
     drain_grace: float = Field(25.0, ge=0, description="seconds that open streams get on shutdown")
     instance: int = Field(1, ge=1, le=64, description="number of this frontend, where several use one state folder")
     share_port: CliSuppress[bool] = Field(False, description="other frontends listen on the same port")
+    connection_age: float = Field(15.0, gt=0, description="shared port: seconds until a client's connection is renewed")
+
+    @property
+    def handover_seconds(self) -> float:
+        """Until every connection that may go over to another frontend has done so: gRPC varies the age by a tenth."""
+        return 1.1 * self.connection_age + 0.5
+
+    @property
+    def drain_seconds(self) -> float:
+        """The longest time from the signal to the end of the last stream."""
+        return self.drain_delay + max(self.drain_grace, self.handover_seconds)
+
+
+class RunExecutorSettings(ExecutorSettings):
+    """An executor under a supervisor of its own."""
+
+    standby: bool = Field(False, description="keep a second executor loaded, which takes over at once")
 
 
 class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings):
@@ -141,10 +158,33 @@ class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings):
     frontends: int = Field(1, ge=1, le=16, description="frontends that share the port")
 
 
+class TortureSettings(UpSettings):
+    """Faults without end in a stack of its own, and every stream checked. Flags of `up` are handed to it."""
+
+    hang_seconds: float = Field(2.0, gt=0, description="beyond what a turn should take, until it counts as hung")
+    record_ttl: float = Field(20.0, gt=0, description="seconds that an ended request can still be resumed")
+    kv_memory: Bytes | None = Field(512 << 20, gt=0, description="size of the page pool; small: rows are taken away")
+    standby: bool = Field(True, description="keep a second executor loaded, which takes over at once")
+    frontends: int = Field(2, ge=1, le=16, description="frontends that share the port")
+    seconds: float = Field(120.0, gt=0, description="how long faults go on")
+    kills: int | None = Field(None, ge=1, description="stop after this many kills instead")
+    seed: int | None = Field(None, ge=0, description="of all that is drawn; default: a new one")
+    streams: int = Field(16, ge=1, le=256, description="client streams under way at any time")
+    only: str = Field("", description="COMPONENT[:POINT[:ACTION]]: no other faults than these")
+    results: Path | None = Field(None, description="JSON file that the run is added to")
+    matrix: Path | None = Field(None, description="write the page of --results there, and do nothing else")
+
+
 class StatusSettings(StateDirSettings):
     """What runs, read from the state folder."""
 
     json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class RestartSettings(StateDirSettings):
+    """Replaces a component while streams go on."""
+
+    component: CliPositionalArg[Literal["frontend", "kvmanager", "executor"]] = Field(description="what is replaced")
 
 
 class FsckSettings(StateDirSettings):
@@ -161,6 +201,19 @@ class PoolsSettings(StateDirSettings):
     reclaim: bool = Field(False, description="remove those whose owners are dead")
     force: bool = Field(False, description="also with requests that have not ended")
     json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class FailpointListSettings(Settings):
+    """The places where a fault can be put."""
+
+    markdown: bool = Field(False, description="print the page of the documentation")
+
+
+class FailpointArmSettings(StateDirSettings):
+    """Puts faults into a process that runs, in place of those that are there."""
+
+    instance: CliPositionalArg[str] = Field(description="frontend, frontend-2, ..., kvmanager or executor")
+    specification: CliPositionalArg[str] = Field(description="NAME=kill|stop|delay:MS|error[@COUNT];... or nothing")
 
 
 class PrefixListSettings(StateDirSettings):

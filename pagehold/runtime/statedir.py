@@ -82,6 +82,10 @@ class StateDir:
     def supervisor_socket(self) -> Path:
         return self.root / "supervisor.sock"
 
+    def own_supervisor_socket(self, name: str) -> Path:
+        """Of a supervisor that keeps component `name` alone."""
+        return self.root / f"supervisor-{name}.sock"
+
     def frontend_socket(self, instance: int) -> Path:
         """Of the frontend of this number, for operators."""
         return self.root / f"{frontend_name(instance)}.sock"
@@ -94,6 +98,10 @@ class StateDir:
     def progress(self, component: str) -> Path:
         return self.root / f"{component}.progress"
 
+    def failpoints(self, component: str) -> Path:
+        """What the next process of this component arms, once; for tests."""
+        return self.root / f"{component}.failpoints"
+
     def remove(self) -> None:
         """Deletes what Pagehold put there. Only for whoever knows that nobody uses it."""
         if self.records.is_dir():
@@ -104,7 +112,7 @@ class StateDir:
         locks = (self.manager_lock, self.executor_lock, self.supervisor_lock)
         sockets = self.root.glob("*.sock")
         # Locks last: once they are gone the folder may be another's.
-        for path in (*files, *sockets, *self.root.glob("*.progress"), *locks):
+        for path in (*files, *sockets, *self.root.glob("*.progress"), *self.root.glob("*.failpoints"), *locks):
             path.unlink(missing_ok=True)
         try:
             self.root.rmdir()

@@ -15,6 +15,8 @@ from pagehold.runtime.settings import (
     ClientSettings,
     ComponentSettings,
     ExecutorSettings,
+    FailpointArmSettings,
+    FailpointListSettings,
     FrontendSettings,
     FsckSettings,
     GenerateSettings,
@@ -23,8 +25,11 @@ from pagehold.runtime.settings import (
     PrefixListSettings,
     PrefixPinSettings,
     PrefixUnpinSettings,
+    RestartSettings,
+    RunExecutorSettings,
     Settings,
     StatusSettings,
+    TortureSettings,
     UpSettings,
 )
 
@@ -47,6 +52,7 @@ class Command:
 
 COMMANDS: Final = {
     "up": Command("all components on this machine, under one supervisor", UpSettings, "services.supervisor.up"),
+    "restart": Command("replace a component while streams go on", RestartSettings, "services.cli.restart"),
     "generate": Command("stream one answer to the terminal", GenerateSettings, "services.cli.generate"),
     "chat": Command("talk to the model", ClientSettings, "services.cli.chat"),
     "status": Command("what runs here, and what it holds", StatusSettings, "services.cli.status"),
@@ -55,11 +61,21 @@ COMMANDS: Final = {
     "prefix list": Command("prefixes that stay cached", PrefixListSettings, "services.cli.prefix", "list_pins"),
     "prefix pin": Command("keep a prefix cached", PrefixPinSettings, "services.cli.prefix", "pin"),
     "prefix unpin": Command("give one back to the cache", PrefixUnpinSettings, "services.cli.prefix", "unpin"),
+    "torture": Command("faults without end, every stream checked", TortureSettings, "services.torture.main"),
+    "failpoint list": Command(
+        "where a fault can be put", FailpointListSettings, "services.cli.failpoint", "list_points"
+    ),
+    "failpoint arm": Command("put faults into a process", FailpointArmSettings, "services.cli.failpoint", "arm"),
     "kvmanager": Command("the owner of the pages, in the foreground", KvManagerSettings, "kvmanager.main"),
     "executor": Command("what runs the model, in the foreground", ExecutorSettings, "services.executor.main"),
     "frontend": Command("the public gRPC server, in the foreground", FrontendSettings, "services.frontend.main"),
 }
-COMPONENTS: Final = ("kvmanager", "executor", "frontend")
+# What each component is set up with under `run`.
+COMPONENTS: Final[dict[str, type[Settings]]] = {
+    "kvmanager": KvManagerSettings,
+    "executor": RunExecutorSettings,
+    "frontend": FrontendSettings,
+}
 
 
 def main() -> int:
@@ -73,18 +89,21 @@ def main() -> int:
             print(f"pagehold {pagehold.__version__}")
             return 0
         case ["run", name, *rest] if name in COMPONENTS:
+            from pagehold.runtime import descriptors
             from services.supervisor import run
 
-            component = _read(COMMANDS[name].settings, rest, f"run {name}")
+            descriptors.prepare()
+            component = _read(COMPONENTS[name], rest, f"run {name}")
             assert isinstance(component, ComponentSettings)
             return run.main(name, component)
         case ["run", *rest]:
             print(f"usage: pagehold run {{{','.join(COMPONENTS)}}} [FLAGS OF THE COMPONENT]")
             return 0 if rest[:1] in (["-h"], ["--help"]) else EXIT_USAGE
-        case ["prefix", action, *rest] if f"prefix {action}" in COMMANDS:
-            return _run(f"prefix {action}", rest)
-        case ["prefix", *rest]:
-            print("usage: pagehold prefix {list,pin,unpin} [FLAGS]")
+        case [("prefix" | "failpoint") as group, action, *rest] if f"{group} {action}" in COMMANDS:
+            return _run(f"{group} {action}", rest)
+        case [("prefix" | "failpoint") as group, *rest]:
+            actions = [name.split()[1] for name in COMMANDS if name.startswith(f"{group} ")]
+            print(f"usage: pagehold {group} {{{','.join(actions)}}} [FLAGS]")
             return 0 if rest[:1] in (["-h"], ["--help"]) else EXIT_USAGE
         case [name, *rest] if name in COMMANDS:
             return _run(name, rest)
@@ -96,6 +115,10 @@ def main() -> int:
 def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     found = _read(command.settings, arguments, name)
+    if isinstance(found, ComponentSettings):
+        from pagehold.runtime import descriptors
+
+        descriptors.prepare()
     if isinstance(found, ComponentSettings) and found.parent_pid:
         from pagehold.runtime.process import die_with_parent
 

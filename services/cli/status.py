@@ -27,7 +27,7 @@ from pagehold.runtime.progress import State, read_progress
 from pagehold.runtime.settings import StatusSettings
 from pagehold.runtime.statedir import StateDir
 
-COMPONENTS: Final = ("frontend", "kvmanager", "executor")
+COMPONENTS: Final = ("frontend", "kvmanager", "executor")  # always shown; more of a kind while they run
 _MOST_RECORDS: Final = 2000  # looked at, the newest first
 
 
@@ -43,22 +43,36 @@ def collect(state: StateDir) -> dict[str, Any]:
     tables = _read_tables(state)
     rows = _live_rows(tables) if tables is not None else {}
     return {
-        "components": {name: _component(state, name, tables) for name in COMPONENTS},
+        "components": _components(state, tables),
         "pool": _pool(tables),
         "sequences": _sequences(state, rows),
     }
+
+
+def _components(state: StateDir, tables: Tables | None) -> dict[str, dict[str, Any]]:
+    """By name, those of one kind together."""
+    found = {}
+    for kind in COMPONENTS:
+        found[kind] = _component(state, kind, tables)
+        more = (path.stem for path in state.root.glob(f"{kind}-*.progress"))
+        for name in sorted(more, key=lambda name: (len(name), name)):
+            # A standby that has become the executor is down under its former name.
+            if (one := _component(state, name, tables))["state"] != State.DOWN.label:
+                found[name] = one
+    return found
 
 
 def _component(state: StateDir, name: str, tables: Tables | None) -> dict[str, Any]:
     view = read_progress(state.progress(name))
     if view is None or not is_alive(view):
         return {"pid": None, "state": State.DOWN.label}
+    stalled = view.overdue and view.state is not State.STANDBY
     found: dict[str, Any] = {
         "pid": view.pid,
-        "state": (State.STALLED if view.overdue else view.state).label,
+        "state": (State.STALLED if stalled else view.state).label,
         "uptime_seconds": round((time.monotonic_ns() - view.started_ns) / 1e9, 1),
     }
-    if name != "frontend" and tables is not None:
+    if name in ("kvmanager", "executor") and tables is not None:
         found["epoch"] = int(tables.header[Header.EPOCH])
     if name == "kvmanager":
         found["integrity_findings"] = view.findings
@@ -147,10 +161,13 @@ def _sequences(state: StateDir, rows: dict[tuple[str, int], U64]) -> list[dict[s
 
 
 def render(found: dict[str, Any]) -> str:
-    lines = [f"{'component':<12}{'state':<10}{'pid':>8}{'uptime':>10}{'epoch':>7}"]
+    lines = [f"{'component':<18}{'state':<10}{'pid':>8}{'uptime':>10}{'epoch':>7}"]
+    more = any(name.startswith("frontend-") for name in found["components"])
     for name, one in found["components"].items():
+        if name == "frontend" and not one["pid"] and more:
+            continue  # another one has come in its place
         uptime = f"{one['uptime_seconds']:.0f} s" if "uptime_seconds" in one else "-"
-        lines.append(f"{name:<12}{one['state']:<10}{one['pid'] or '-':>8}{uptime:>10}{one.get('epoch', '-'):>7}")
+        lines.append(f"{name:<18}{one['state']:<10}{one['pid'] or '-':>8}{uptime:>10}{one.get('epoch', '-'):>7}")
     pool = found["pool"]
     lines.append(
         f"pages: {pool['pages']} of {pool['page_size']} tokens, "

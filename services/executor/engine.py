@@ -38,6 +38,7 @@ from services.executor.inbox import (
     Stop,
     Wake,
 )
+from services.executor.pace import Pace
 from services.executor.pages import Pages
 from services.executor.requests import Requests
 from services.executor.runner.base import Runner, StepResult
@@ -45,9 +46,7 @@ from services.executor.scheduler import Plan, Scheduler
 
 log = structlog.get_logger()
 
-# A step that takes longer is a hang. A chunk's share is generous: a loaded machine is no fault.
-_STEP_SECONDS = 10.0
-_SECONDS_PER_POSITION = 0.1
+_ADOPT_SECONDS: Final = 120.0  # a pool is mapped, and tens of thousands of records are read
 _IDLE_SECONDS = 0.1  # how often deadlines and detached requests are looked at
 
 _TAKE_PAGES: Final = ("close", "trim")  # from rows that a step may be writing
@@ -74,8 +73,9 @@ class Engine:
         send: Callable[[list[kv.Call]], None],
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
+        hang_seconds: float = 10.0,
     ) -> None:
-        """clock: CLOCK_MONOTONIC in seconds."""
+        """clock: CLOCK_MONOTONIC in seconds. hang_seconds: beyond what a turn should take."""
         self.runner = runner
         self.scheduler = scheduler
         self.requests = requests
@@ -87,6 +87,9 @@ class Engine:
         self.decode_tokens = 0
         self._send = send
         self._clock = clock
+        self._hang_seconds = hang_seconds
+        self._pace = Pace()
+        self._began = 0.0
         self._connections: list[publisher.Connection] = []
         self._flight: Flight | None = None
         self._stopping = False
@@ -95,12 +98,14 @@ class Engine:
         """Until `Stop`. Any exception is a fault of the process: the supervisor starts another."""
         busy = False
         while not self._stopping:
+            self.progress.begin_turn(self._hang_seconds)
             for event in self.inbox.take(0 if busy else _IDLE_SECONDS):
                 self._handle(event)
             busy = self.step()
         if self._flight is not None:
             self._land()
             publisher.publish(self._connections)
+        self.progress.end_turn()
 
     def step(self) -> bool:
         """One turn; whether there was anything to compute."""
@@ -146,7 +151,8 @@ class Engine:
         failpoint.hit("executor.ensure.after")
 
     def _begin(self, positions: int) -> None:
-        self.progress.begin_turn(_STEP_SECONDS + _SECONDS_PER_POSITION * positions)
+        self._began = self._clock()
+        self.progress.begin_turn(self._hang_seconds + self._pace.seconds(positions))
 
     def _submit(self, plan: Plan) -> Flight:
         failpoint.hit("executor.run.before")
@@ -181,6 +187,7 @@ class Engine:
             output, known, computed = sequence.log, sequence.committed, start + count
             if samples:
                 output.tokens[computed] = token
+                failpoint.hit("executor.token.after")
                 if output.logprobs is not None:
                     output.logprobs[computed] = logprob
                 known = computed + 1
@@ -198,7 +205,8 @@ class Engine:
                 publisher.mark(sequence)
         self.decode_tokens += decoded
         self.prefill_tokens += plan.positions - decoded - dropped
-        self.progress.end_turn(committed)
+        self._pace.learn(plan.positions, self._clock() - self._began)
+        self.progress.end_turn(committed, self._hang_seconds)
 
     def _handle(self, event: object) -> None:
         match event:
@@ -213,7 +221,9 @@ class Engine:
                 self._connections.remove(connection)
                 self.frontends.disconnected(connection)
             case Attached(response, open_pool):
+                self.progress.begin_turn(self._hang_seconds + _ADOPT_SECONDS)
                 open_pool()
+                failpoint.hit("executor.map.after")
                 self.requests.adopt(response, self._clock())
             case PoolLost(let_go):
                 self._land()

@@ -20,7 +20,7 @@ import structlog
 
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
-from pagehold.runtime.channel import client_options
+from pagehold.runtime import channel, failpoint
 
 log = structlog.get_logger()
 
@@ -43,12 +43,22 @@ class ProtocolError(Exception):
 class KvLink:
     """Runs on the event loop; the callbacks must be quick and must not block."""
 
-    def __init__(self, address: str, attach: Attach, on_attach: OnAttach, on_reply: OnReply, on_fatal: OnFatal) -> None:
+    def __init__(
+        self,
+        address: str,
+        attach: Attach,
+        on_attach: OnAttach,
+        on_reply: OnReply,
+        on_fatal: OnFatal,
+        hang_seconds: float = 10.0,
+    ) -> None:
+        """hang_seconds: of silence, until the manager counts as away."""
         self._address = address
         self._attach = attach
         self._on_attach = on_attach
         self._on_reply = on_reply
         self._on_fatal = on_fatal
+        self._options = channel.client_options(hang_seconds)
         self._unanswered: deque[kv.Call] = deque()
         self._unsent = 0
         self._wake = asyncio.Event()
@@ -62,19 +72,19 @@ class KvLink:
 
     async def run(self) -> None:
         """Connects for ever; returns only when the manager refuses this executor. Raises ProtocolError."""
-        async with grpc.aio.insecure_channel(self._address, options=client_options()) as channel:
-            stub = kv_grpc.KvManagerServiceStub(channel)
-            while True:
-                code = "OK"
-                try:
-                    if not await self._session(stub):
+        while True:
+            code = "OK"
+            await channel.listening(self._address)
+            try:
+                async with grpc.aio.insecure_channel(self._address, options=self._options) as way:
+                    if not await self._session(kv_grpc.KvManagerServiceStub(way)):
                         return
-                except grpc.aio.AioRpcError as error:
-                    code = error.code().name
-                if self.connected:
-                    log.warning("manager lost; calls are kept until it is back", code=code)
-                self.connected = False
-                await asyncio.sleep(_RETRY_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                code = error.code().name
+            if self.connected:
+                log.warning("manager lost; calls are kept until it is back", code=code)
+            self.connected = False
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def _session(self, stub: kv_grpc.KvManagerServiceStub) -> bool:
         """One stream. False: the manager refused the executor for good."""
@@ -107,6 +117,7 @@ class KvLink:
                     self._answer(reply)
                 elif reply.HasField("attach"):
                     attached = self.connected = True
+                    failpoint.hit("executor.attach.after")
                     self._on_attach(reply.attach)
                 else:
                     raise ProtocolError("the first reply does not answer `attach`")
@@ -122,6 +133,7 @@ class KvLink:
 
     async def _write(self, stream: Stream) -> None:
         try:
+            failpoint.hit("executor.attach.before")
             await stream.write(kv.SessionRequest(calls=[kv.Call(attach=await self._attach())]))
             while True:
                 while not self._unsent:

@@ -7,6 +7,7 @@ Exit codes: 0 asked to stop; 1 a fault, or another executor has taken over: star
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from kvmanager.layout import HEADER_WORDS
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint, logs
+from pagehold.runtime.admin import serve_admin
 from pagehold.runtime.channel import server_options
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.protocol import PROTOCOL
@@ -56,6 +58,7 @@ def main(settings: ExecutorSettings) -> int:
     try:
         failpoint.arm(settings.failpoints)
         state = StateDir.prepare(settings.state_dir)
+        failpoint.arm_once(state.failpoints("executor"))
         tenure = Tenure(state)
         model = open_model(settings.model)
         executor = _Executor(settings, state, tenure, model)
@@ -95,6 +98,11 @@ class _Executor:
         # Before anything writable is mapped: holding the lock proves that earlier writers are dead.
         if not self._tenure.is_held and (different := self._differs_from_pool()):
             return _refuse(different, EXIT_CONFIG)
+        if not self._tenure.is_held:
+            # A standby has time now, and none later.
+            self._model.populate()
+            gc.collect()
+            gc.freeze()
         if not await self._unless_done(self._tenure.wait()):
             self._tenure.progress.set_state(State.DOWN)
             return 0
@@ -110,6 +118,7 @@ class _Executor:
             lambda response: self._on_attach(response, loop),
             lambda call, reply: self._inbox.put(Replied(call, reply)),
             self._on_fatal,
+            self._settings.hang_seconds,
         )
         engine = self._make_engine(link, loop, progress)
         linking = asyncio.create_task(link.run())
@@ -207,7 +216,9 @@ class _Executor:
             loop.call_soon_threadsafe(link.send, calls)
 
         parts = (runner, scheduler, requests, frontends, pages, self._inbox, send, progress)
-        return Engine(*parts) if self._trace is None else TracedEngine(self._trace, *parts)
+        if self._trace is None:
+            return Engine(*parts, hang_seconds=settings.hang_seconds)
+        return TracedEngine(self._trace, *parts, hang_seconds=settings.hang_seconds)
 
     def _on_attach(self, response: kv.AttachResponse, loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -263,6 +274,7 @@ class _Executor:
         server = grpc.aio.server(options=server_options())
         servicer = ExecutorServicer(description, self._pool, engine, self._inbox)
         ex_grpc.add_ExecutorServiceServicer_to_server(servicer, server)
+        serve_admin(server)
         # The lock is held, so whoever left a socket here is dead.
         self._state.executor_socket.unlink(missing_ok=True)
         server.add_insecure_port(f"unix:{self._state.executor_socket}")

@@ -22,6 +22,7 @@ from kvmanager.layout import Reason
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint
+from pagehold.runtime.descriptors import is_scarcity
 from services.executor import calls, publisher
 from services.executor.openings import Openings
 from services.executor.publisher import fail
@@ -140,6 +141,7 @@ class Requests:
         for key in response.keys:
             if key not in self.live and key not in self.openings:
                 request = self._load(key)
+                failpoint.hit("executor.adopt.before")
                 if request is not None:
                     recovered[key] = request
         for request in sorted(recovered.values(), key=lambda request: request.record.created_ns):
@@ -159,6 +161,7 @@ class Requests:
                 self.register(request)
                 # Whether it was its client or its frontend that had left is not known: the longer of the two.
                 request.expires = now + max(LOST_FRONTEND_GRACE, request.message.response.detach_grace.ToSeconds())
+        failpoint.hit("executor.adopt.after")
         if recovered:
             log.info("requests recovered", requests=len(recovered), open=len(self.live), epoch=response.epoch)
 
@@ -172,6 +175,8 @@ class Requests:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, DecodeError) as error:
+            if is_scarcity(error):
+                raise  # of this process's: the next one may have what it takes
             # One damaged record must not keep all others from being served.
             log.error("damaged record left alone", key=key, error=type(error).__name__)
             return None

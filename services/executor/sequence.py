@@ -34,8 +34,6 @@ dropped when it comes (`row` < 0 until then: the next row is asked for after the
 
 from __future__ import annotations
 
-import mmap
-import os
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -43,6 +41,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvmanager.layout import OutputLog, Reason, RequestLog
 from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.mapping import map_shared
 from pagehold.v1 import inference_pb2 as api
 from services.executor.runner.base import Lane, SamplingParams
 
@@ -197,14 +196,8 @@ def sampling_params(message: api.GenerateRequest, record: kv.RequestRecord, stop
 
 def map_log(path: Path) -> RequestLog:
     """Maps a log for writing. Raises FileNotFoundError when it was forgotten."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        mapped = mmap.mmap(fd, 0)
-    finally:
-        os.close(fd)
-    # A child must not inherit a writable mapping: holding executor.lock proves that writers are dead.
-    mapped.madvise(mmap.MADV_DONTFORK)
-    return RequestLog(memoryview(mapped))
+    # No child inherits it: holding executor.lock proves that writers are dead.
+    return RequestLog(map_shared(path, writable=True))
 
 
 def load(records: Path, key: str, eos_token_ids: tuple[int, ...], arrival: int) -> Request:

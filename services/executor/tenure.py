@@ -12,6 +12,7 @@ import asyncio
 import secrets
 import threading
 
+from pagehold.runtime import failpoint
 from pagehold.runtime.lock import FileLock, LockBusy
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.statedir import StateDir
@@ -70,6 +71,7 @@ class Tenure:
         self._begin()
 
     def _begin(self) -> None:
+        failpoint.hit("executor.lock.held")
         self.id = secrets.token_bytes(16)
         self._lock.write_id(self.id)
         self.progress = Progress(self._state.progress("executor"))

@@ -8,16 +8,23 @@ Where the engine runs a step ahead, a line is about the step that is collected, 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections import deque
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final, Self
+
+import structlog
 
 from services.executor.engine import Engine, Flight
 from services.executor.runner.base import StepResult
 from services.executor.scheduler import Plan
+
+log = structlog.get_logger()
 
 _MOST_BUFFERED: Final = 1000
 
@@ -46,11 +53,14 @@ class StepLine:
 
 
 class StepTrace:
-    """The file. Lines are kept until there are many, or there is nothing else to do."""
+    """The file. Lines are kept until there are many, or there is nothing else to do.
+
+    A disk that is full ends the trace, not the executor.
+    """
 
     def __init__(self, path: Path) -> None:
         """An empty file in place of what is there. Raises OSError."""
-        self._file = path.open("w")
+        self._file: FileIO | None = path.open("wb", buffering=0)
         self._lines: list[StepLine] = []
 
     def add(self, line: StepLine) -> None:
@@ -59,18 +69,25 @@ class StepTrace:
             self.flush()
 
     def flush(self) -> None:
-        if self._lines:
-            self._file.writelines(line.to_json() for line in self._lines)
-            self._file.flush()
-            self._lines.clear()
+        lines, self._lines = self._lines, []
+        if not lines or self._file is None:
+            return
+        data = "".join([line.to_json() for line in lines]).encode()
+        try:
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            log.error("the step trace ends here: it cannot be written", reason=error.strerror)
+            self._file.close()
+            self._file = None
 
 
 class TracedEngine(Engine):
     """An engine that tells of each step how long it took, and how much of that was waiting for pages."""
 
-    def __init__(self, trace: StepTrace, *parts: Any) -> None:
-        """parts: as for Engine."""
-        super().__init__(*parts)
+    def __init__(self, trace: StepTrace, *parts: Any, **options: Any) -> None:
+        """parts, options: as for Engine."""
+        super().__init__(*parts, **options)
         self._trace = trace
         # CLOCK_MONOTONIC in nanoseconds; 0: there is nothing to be told of.
         self._total_from = 0

@@ -18,6 +18,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from pagehold.executor.v1 import executor_pb2 as ex
+from pagehold.runtime.failpoint import FailpointError
 
 log = structlog.get_logger()
 
@@ -167,6 +168,9 @@ def _guard(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any],
 
 
 async def _abort(context: Any, error: Exception) -> NoReturn:
+    if isinstance(error, FailpointError):
+        log.error("a stream fails", reason=str(error))
+        error = unavailable("a fault was put here; Resume at the number of tokens received")
     if not isinstance(error, RequestError):
         error_id = secrets.token_hex(6)
         log.error("unexpected error", error_id=error_id, exc_info=error)

@@ -69,6 +69,7 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
                 prompt=prompt,
                 max_tokens=max_tokens,
             )
+            failpoint.hit("frontend.submit.before")
             await self._serve(stream, context)
 
     async def Resume(self, request: api.ResumeRequest, context: Any) -> None:
@@ -79,10 +80,12 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
             stream.positions = {position.index: position.offset for position in request.positions}
             # Whoever resumes has lost a stream before: losing this one too does not end the request.
             stream.least_grace = LOST_GRACE
+            failpoint.hit("frontend.resume.before")
             await self._serve(stream, context)
 
     async def Cancel(self, request: api.CancelRequest, context: Any) -> api.CancelResponse:
         check_id(request.request_id, required=True)
+        failpoint.hit("frontend.cancel.before")
         self._link.cancel(request.request_id)
         return api.CancelResponse()
 
@@ -105,6 +108,7 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
                 for response in await stream.drain():
                     failpoint.hit("frontend.write.before")
                     await context.write(response)
+                    failpoint.hit("frontend.write.after")
                 if stream.error is not None and not stream.finished:
                     raise stream.error
         finally:

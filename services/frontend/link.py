@@ -21,7 +21,7 @@ import structlog
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
-from pagehold.runtime.channel import client_options
+from pagehold.runtime import channel, failpoint
 from pagehold.runtime.protocol import PROTOCOL, skew
 from pagehold.v1 import inference_pb2 as api
 from services.frontend.clientstream import ClientStream
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 TENANT: Final = "default"
 LOST_GRACE: Final = 30.0  # seconds; a stream that breaks through us is detached as if we had died
-_RETRY_SECONDS: Final = 0.03
+_RETRY_SECONDS: Final = 0.01
 _FAULT_SECONDS: Final = 1.0
 _REPEAT_SECONDS: Final = 10.0  # a cancel sent this long before a break has arrived
 _MOST_CANCELS: Final = 65_536
@@ -48,9 +48,11 @@ class SkewError(Exception):
 class ExecutorLink:
     """`model` is what the executor last described; None until then."""
 
-    def __init__(self, address: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, address: str, on_change: Callable[[], None], hang_seconds: float = 10.0) -> None:
+        """hang_seconds: of silence, until the executor counts as away."""
         self._address = address
         self._on_change = on_change
+        self._options = channel.client_options(hang_seconds)
         self._outgoing: asyncio.Queue[ex.ConnectRequest] = asyncio.Queue()
         self._streams: dict[int, ClientStream] = {}
         self._cancels: dict[str, float] = {}  # by request id: when it was sent; infinity: not yet
@@ -84,6 +86,7 @@ class ExecutorLink:
         """The stream is over. `gone`: by its client's will, which says what becomes of the request."""
         if self._streams.pop(stream.stream_id, None) is None or stream.finished:
             return
+        failpoint.hit("frontend.detach.before")
         grace = stream.detach_grace if gone else max(stream.detach_grace, LOST_GRACE)
         if self.connected:
             self._send(ex.ConnectRequest(detach=ex.Detach(stream_id=stream.stream_id, grace_ms=int(grace * 1000))))
@@ -112,27 +115,35 @@ class ExecutorLink:
 
     async def run(self) -> None:
         """Connects for ever."""
-        async with grpc.aio.insecure_channel(self._address, options=client_options()) as channel:
-            self._stub = ex_grpc.ExecutorServiceStub(channel)
+        # What is asked now and then has a channel of its own: it outlives the sessions.
+        async with grpc.aio.insecure_channel(self._address, options=self._options) as asking:
+            self._stub = ex_grpc.ExecutorServiceStub(asking)
             while True:
-                pause = _RETRY_SECONDS
-                try:
-                    asked = ex.DescribeRequest(protocol=PROTOCOL)
-                    await self._learn(await self._stub.Describe(asked, wait_for_ready=True))
-                    await self._session(self._stub)
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:  # it is there, but no executor of ours
-                        log.warning(
-                            "the executor does not say what it serves", code=error.code().name, reason=error.details()
-                        )
-                        pause = _FAULT_SECONDS
-                except SkewError as error:
-                    log.error("this executor cannot be used", reason=str(error))
-                    pause = _FAULT_SECONDS
-                except Exception:
-                    log.exception("the executor's answer makes no sense; connecting again")
-                    pause = _FAULT_SECONDS
-                await asyncio.sleep(pause)
+                await channel.listening(self._address)
+                await asyncio.sleep(await self._visit())
+
+    async def _visit(self) -> float:
+        """One executor from its first answer to its last. Returns the seconds until the next attempt."""
+        try:
+            async with grpc.aio.insecure_channel(self._address, options=self._options) as way:
+                stub = ex_grpc.ExecutorServiceStub(way)
+                asked = ex.DescribeRequest(protocol=PROTOCOL)
+                await self._learn(await stub.Describe(asked, wait_for_ready=True))
+                await self._session(stub)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return _RETRY_SECONDS
+            # It is there, but no executor of ours.
+            log.warning("the executor does not say what it serves", code=error.code().name, reason=error.details())
+        except SkewError as error:
+            log.error("this executor cannot be used", reason=str(error))
+        except failpoint.FailpointError:
+            raise  # no fault of the executor's: it would come again for ever
+        except Exception:
+            log.exception("the executor's answer makes no sense; connecting again")
+        else:
+            return _RETRY_SECONDS
+        return _FAULT_SECONDS
 
     async def _learn(self, described: ex.DescribeResponse) -> None:
         if wrong := skew("frontend", "executor", described.protocol):
@@ -175,6 +186,7 @@ class ExecutorLink:
         for stream in self._streams.values():
             if stream.accepted is not None:
                 stream.notice(api.NOTICE_KIND_RECOVERED, "the executor was replaced; the stream goes on")
+            failpoint.hit("frontend.introduce.before")
             self._introduce(stream)
             if stream.cancelled:
                 self._send_cancel(stream.request_id)
@@ -219,6 +231,7 @@ class ExecutorLink:
         self._send(ex.ConnectRequest(cancel=ex.Cancel(tenant=TENANT, request_id=request_id)))
 
     def _send_stop(self, stream: ClientStream, index: int) -> None:
+        failpoint.hit("frontend.stop_at.before")
         length = stream.outputs[index].received
         stop = ex.StopAt(tenant=TENANT, request_id=stream.request_id, index=index, length=length)
         self._send(ex.ConnectRequest(stop_at=stop))
@@ -226,6 +239,7 @@ class ExecutorLink:
     # --- from the executor ---
 
     async def _dispatch(self, message: ex.ConnectResponse) -> None:
+        failpoint.hit("frontend.received.before")
         for accepted in message.accepted:
             if (stream := self._streams.get(accepted.stream_id)) is not None:
                 stream.accept(accepted.prompt_tokens, accepted.cached_tokens)
@@ -242,6 +256,7 @@ class ExecutorLink:
             if (stream := self._streams.get(ended.stream_id)) is not None:
                 stream.end(ended)
         await self._dispatch_tokens(message.tokens)
+        failpoint.hit("frontend.received.after")
         for failed in message.failed:
             # At once: a stream that was taken over must not be introduced again.
             if (stream := self._streams.pop(failed.stream_id, None)) is not None:

@@ -8,7 +8,8 @@ from typing import Final
 from pagehold.runtime.settings import ComponentSettings
 
 # `discard` is done once, by the supervisor: a component that is started again must not do it again.
-_NOT_HANDED_ON: Final = ("parent_pid", "discard")
+# Which frontend a child is, the supervisor says itself.
+_NOT_HANDED_ON: Final = ("parent_pid", "discard", "instance", "share_port")
 
 
 def flags_of(settings: ComponentSettings, kind: type[ComponentSettings]) -> list[str]:

@@ -7,23 +7,28 @@ import sys
 
 from kvmanager.vacant import discard
 from pagehold.runtime import logs
-from pagehold.runtime.settings import ComponentSettings, KvManagerSettings
-from pagehold.runtime.statedir import StateDir, StateDirError
-from services.supervisor.child import EXIT_CONFIG, Child
-from services.supervisor.flags import flags_of
+from pagehold.runtime.settings import ComponentSettings, FrontendSettings, KvManagerSettings, RunExecutorSettings
+from pagehold.runtime.statedir import StateDir, StateDirError, frontend_name
+from services.supervisor.child import EXIT_CONFIG
+from services.supervisor.fleet import Fleet
+from services.supervisor.port import PortBusy, SharedPort
 from services.supervisor.supervisor import Supervisor
-from services.supervisor.up import stop_seconds
 
 
 def main(component: str, settings: ComponentSettings) -> int:
     """Runs until SIGTERM or SIGINT. Returns the exit code."""
     logs.configure("supervisor", settings.log_level)
+    name, port = component, SharedPort([])
     try:
         state = StateDir.prepare(settings.state_dir)
         if isinstance(settings, KvManagerSettings) and settings.discard:
             discard(state)
-    except StateDirError as error:
+        if isinstance(settings, FrontendSettings):
+            name, port = frontend_name(settings.instance), SharedPort.take(settings.listen)
+    except (StateDirError, PortBusy) as error:
         print(f"pagehold run: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    child = Child(component, flags_of(settings, type(settings)), state)
-    return asyncio.run(Supervisor([child], stop_seconds(settings), f"{component} is ready").run())
+    standby = isinstance(settings, RunExecutorSettings) and settings.standby
+    fleet = Fleet(state, settings, [component], standby=standby, shares_port=port.is_shared)
+    supervisor = Supervisor(fleet, f"{component} is ready")
+    return asyncio.run(supervisor.run(state.own_supervisor_socket(name)))

@@ -6,42 +6,103 @@ import asyncio
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Final
 
+import structlog
+
 from services.supervisor.child import Child
+from services.supervisor.fleet import COMPONENTS, Fleet
+
+log = structlog.get_logger()
 
 _POLL_SECONDS: Final = 0.02
 _REPORT_SECONDS: Final = 3.0  # how often it says what it still waits for
 
 
 class Supervisor:
-    """Children are started together and stopped one after the other, in the order given."""
+    """Children are started together and stopped one component after the other."""
 
-    def __init__(self, children: list[Child], stop_seconds: dict[str, float], ready_message: str) -> None:
-        """stop_seconds: how long each component may take to stop."""
-        self._children = children
-        self._stop_seconds = stop_seconds
+    def __init__(self, fleet: Fleet, ready_message: str) -> None:
+        self.fleet = fleet
         self._ready_message = ready_message
+        self._keeping: dict[Child, asyncio.Task[None]] = {}
         self._signals = 0
         self._stop = asyncio.Event()
+        self._code = 0
+        self._fault: BaseException | None = None
 
-    async def run(self) -> int:
-        """Returns the exit code: 0 after SIGTERM or SIGINT, else that of the child that cannot run."""
+    async def run(self, socket: Path) -> int:
+        """Returns the exit code: 0 after SIGTERM or SIGINT, else that of the child that cannot run.
+
+        socket: where operators ask for a restart.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
-        keeping = [asyncio.create_task(child.keep()) for child in self._children]
-        reporting = asyncio.create_task(self._report())
-        stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([stopping, *keeping], return_when=asyncio.FIRST_COMPLETED)
-        for task in (reporting, stopping):
+        for child in self.fleet.children:
+            self._keep(child)
+        others = [asyncio.create_task(self._report()), asyncio.create_task(self._serve(socket))]
+        await self._stop.wait()
+        for task in others:
             task.cancel()
-        for child in self._children:
-            await child.stop(self._stop_seconds[child.component], lambda: self._signals > 1)
-        for done in await asyncio.gather(*keeping, return_exceptions=True):
-            if isinstance(done, BaseException):
-                raise done
-        return next((child.fatal for child in self._children if child.fatal is not None), 0)
+        await asyncio.gather(*others, return_exceptions=True)
+        for component in COMPONENTS:
+            await asyncio.gather(*(self.retire(child) for child in self.fleet.of(component)))
+        if self._fault is not None:
+            raise self._fault
+        return self._code
+
+    async def _serve(self, socket: Path) -> None:
+        # Loaded once the children are under way.
+        from services.supervisor.service import serve
+
+        try:
+            await serve(socket, self)
+        except OSError as error:
+            log.error("no restarts can be asked for", socket=str(socket), reason=error.strerror)
+
+    def start(self, child: Child) -> None:
+        """One more."""
+        self.fleet.children.append(child)
+        self._keep(child)
+
+    async def retire(self, child: Child, number: signal.Signals = signal.SIGTERM) -> None:
+        """Stops it for good, beginning with signal `number`."""
+        await child.stop(self.fleet.stop_seconds(child.component), self.hurries, number)
+        if (keeping := self._keeping.get(child)) is not None:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+            self._keeping.pop(child, None)
+        if child in self.fleet.children:
+            self.fleet.children.remove(child)
+
+    async def replace(self, child: Child) -> None:
+        """Ends its process; the next one is started at once."""
+        await child.replace(self.fleet.stop_seconds(child.component), self.hurries)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def hurries(self) -> bool:
+        """Whether the operator waits no longer."""
+        return self._signals > 1
+
+    def _keep(self, child: Child) -> None:
+        task = self._keeping[child] = asyncio.create_task(child.keep())
+        task.add_done_callback(lambda task: self._ended(child, task))
+
+    def _ended(self, child: Child, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        if (fault := task.exception()) is not None:
+            self._fault = fault
+        elif child.fatal is None or child.on_trial:
+            return
+        else:
+            self._code = child.fatal
+        self._stop.set()
 
     def _signalled(self) -> None:
         self._signals += 1
@@ -49,9 +110,15 @@ class Supervisor:
 
     async def _report(self) -> None:
         start = last = time.monotonic()
-        while waiting := [child.component for child in self._children if not child.is_ready]:
+        while waiting := self._not_ready():
             await asyncio.sleep(_POLL_SECONDS)
             if time.monotonic() - last > _REPORT_SECONDS:
                 last = time.monotonic()
                 print(f"pagehold: waiting for {', '.join(waiting)} ({last - start:.0f} s)", file=sys.stderr, flush=True)
         print(f"pagehold: {self._ready_message} after {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+    def _not_ready(self) -> list[str]:
+        """A standby is not waited for."""
+        executors = self.fleet.of("executor")
+        served = any(child.is_up for child in executors)
+        return [child.name for child in self.fleet.children if not child.is_up and not (child in executors and served)]

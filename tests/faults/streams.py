@@ -127,14 +127,17 @@ _OPENINGS = (
 class Load:
     """Streams under way, and what each has heard so far."""
 
-    def __init__(self, address: str, messages: list[api.GenerateRequest], resume: bool = False) -> None:
+    def __init__(
+        self, address: str, messages: list[api.GenerateRequest], resume: bool = False, seconds: float | None = None
+    ) -> None:
+        """resume: across frontends that come and go. seconds: the requests' deadline."""
         self.heard = [Heard.of(message) for message in messages]
         # Those that are ranked are silent until they end.
         self._watched = [
             heard for heard, message in zip(self.heard, messages, strict=True) if message.best_of <= (message.n or 1)
         ]
         self._tasks = [
-            asyncio.create_task(generate(address, message, resume, heard))
+            asyncio.create_task(generate(address, message, resume, heard, seconds))
             for message, heard in zip(messages, self.heard, strict=True)
         ]
 
@@ -151,7 +154,11 @@ class Load:
 
 
 async def generate(
-    address: str, message: api.GenerateRequest, resume: bool = False, heard: Heard | None = None
+    address: str,
+    message: api.GenerateRequest,
+    resume: bool = False,
+    heard: Heard | None = None,
+    seconds: float | None = None,
 ) -> Heard:
     """One request to its end; with `resume`, across frontends that come and go."""
     heard = heard or Heard.of(message)
@@ -167,7 +174,7 @@ async def generate(
                         again.positions.add(index=index, offset=len(output.tokens))
                     stream = stub.Resume(again)
                 else:
-                    stream = stub.Generate(message)
+                    stream = stub.Generate(message, timeout=seconds)
                 async for response in stream:
                     heard.take(response)
                     give_up = 0.0
@@ -192,13 +199,18 @@ _OPTIONS = [
 
 async def undisturbed(address: str, messages: list[api.GenerateRequest]) -> list[Answer]:
     """The reference: the same bodies under other ids, with nothing killed."""
+    return await Load(address, renamed(messages, "reference")).answers()
+
+
+def renamed(messages: list[api.GenerateRequest], prefix: str) -> list[api.GenerateRequest]:
+    """The same bodies under other ids: requests of their own, with the same tokens."""
     copies = []
     for message in messages:
         copy = api.GenerateRequest()
         copy.CopyFrom(message)
-        copy.request_id = f"reference-{message.request_id}"
+        copy.request_id = f"{prefix}-{message.request_id}"
         copies.append(copy)
-    return await Load(address, copies).answers()
+    return copies
 
 
 def prefilled(address: str) -> int:

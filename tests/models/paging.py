@@ -18,12 +18,16 @@ class TestPool:
 
     def __init__(self, spec: DecoderSpec, runner: Runner, kv_dtype: str, pages: int, page_size: int = 16) -> None:
         self._page_size = page_size
-        self._runner = runner
         self._next = 1
         self.pages = pages
         shape = (pages, spec.layers, 2, spec.kv_heads, page_size, spec.head_dim)
         self.values = np.full(shape, np.nan, ml_dtypes.bfloat16 if kv_dtype == "bfloat16" else np.float32)
-        runner.map_pool(memoryview(self.values.view(np.uint8)).cast("B"), pages, page_size)
+        self.map_into(runner)
+
+    def map_into(self, runner: Runner) -> None:
+        """Lanes are prepared by this runner from here on. Those that are there must be prepared by it again."""
+        self._runner = runner
+        runner.map_pool(memoryview(self.values.view(np.uint8)).cast("B"), self.pages, self._page_size)
 
     def lane(self, tokens: list[int], capacity: int, sampling: SamplingParams = GREEDY) -> Lane:
         """A lane that can hold `capacity` tokens, and has pages for them."""

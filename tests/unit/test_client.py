@@ -61,3 +61,12 @@ def test_a_stream_that_broke_may_take_its_own_successor_over_once() -> None:
     assert reading.may_retry(unavailable, 30.0)
     assert reading.may_retry(aborted, 30.0)
     assert not reading.may_retry(aborted, 30.0)
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_call_that_met_the_end_of_its_server_is_made_again(accepted: bool) -> None:
+    reading = _Reading()
+    if accepted:
+        reading.take(api.GenerateResponse(accepted=api.Accepted(request_id="r")))
+    assert reading.may_retry(broken(grpc.StatusCode.CANCELLED), 30.0)
+    assert not reading.may_retry(broken(grpc.StatusCode.INTERNAL), 30.0)

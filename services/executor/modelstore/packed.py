@@ -9,6 +9,7 @@ chat_template.jinja   absent when the model has none
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +23,7 @@ from services.executor.modelstore.spec import DecoderSpec, Llama3RopeScaling
 
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 4096
+_MADV_POPULATE_READ: Final = 22
 WEIGHTS_FILE: Final = "weights.bin"
 MODEL_FILE: Final = "model.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
@@ -64,6 +66,15 @@ class PackedModel:
     @property
     def tokenizer_json(self) -> bytes:
         return (self.folder / TOKENIZER_FILE).read_bytes()
+
+    def populate(self) -> None:
+        """Puts the weights into memory and into this process's page tables: a first step then faults nothing."""
+        mapped = self.weights.base
+        assert isinstance(mapped, mmap.mmap)
+        try:
+            mapped.madvise(_MADV_POPULATE_READ)
+        except OSError:
+            mapped.madvise(mmap.MADV_WILLNEED)  # a kernel before 5.14
 
     def view(self, name: str) -> npt.NDArray[np.generic]:
         """One tensor in place: uint16 for bfloat16 kinds (flat when packed), float32 otherwise."""

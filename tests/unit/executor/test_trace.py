@@ -119,3 +119,10 @@ def test_lines_are_written_when_there_are_many(file: Path, monkeypatch: pytest.M
     assert not lines(file)
     trace.add(StepLine(2, 0, 0, 0, 0, 0))
     assert [line.total_us for line in lines(file)] == [0, 1, 2]
+
+
+def test_a_full_disk_ends_the_trace_and_nothing_else() -> None:
+    trace = StepTrace(Path("/dev/full"))
+    for _ in range(2):
+        trace.add(StepLine(1, 1, 0, 0, 1, 1))
+        trace.flush()

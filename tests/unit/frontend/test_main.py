@@ -98,15 +98,25 @@ async def test_readiness_follows_the_executor(start: Callable[..., Frontend]) ->
     assert (await asyncio.wait_for(pending, 5)).status == NOT_SERVING
 
 
+async def calling_on(frontend: Frontend) -> None:
+    """For as long as it is answered."""
+    while True:
+        await frontend.stub.Tokenize(api.TokenizeRequest(text="ab"))
+
+
 async def test_open_streams_get_their_time(start: Callable[..., Frontend]) -> None:
-    frontend = start()
+    frontend = start("--drain-delay", "0.3")
     await frontend.executor.start()
     await frontend.until(SERVING)
     call, submit = await frontend.begun()
+    watch = frontend.health.Watch(health_pb2.HealthCheckRequest(service=INFERENCE))
+    assert (await watch.read()).status == SERVING
     frontend.process.terminate()
-    await frontend.until(NOT_SERVING)
-    with pytest.raises(grpc.aio.AioRpcError, match="shutting down; call another"):
-        await frontend.stub.Generate(api.GenerateRequest(text="ab")).read()
+    assert (await watch.read()).status == NOT_SERVING
+    # For as long as balancers need to see that, new calls are served; then there is nobody to connect to.
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await calling_on(frontend)
+    assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     ended = ex.Ended(stream_id=submit.stream_id, reason=ex.END_REASON_LENGTH, length=2)
     frontend.executor.say(tokens=step(submit.stream_id, 1, [71]), ended=[ended])
     assert (await call.read()).tokens.token_ids == [71]
@@ -126,3 +136,15 @@ async def test_what_is_left_is_told_to_go_on_elsewhere(start: Callable[..., Fron
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert (await frontend.executor.hear("detach")) == ex.Detach(stream_id=submit.stream_id, grace_ms=30_000)
     assert await frontend.exit_code() == 0
+
+
+async def test_a_fault_between_executor_and_streams_is_like_a_death(start: Callable[..., Frontend]) -> None:
+    frontend = start("--failpoints", "frontend.received.before=error@3", "--drain-grace", "60")
+    await frontend.executor.start()
+    await frontend.until(SERVING)
+    call, submit = await frontend.begun()
+    frontend.executor.say(tokens=step(submit.stream_id, 1, [71]))
+    with pytest.raises(grpc.aio.AioRpcError, match="Resume at another") as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert await frontend.exit_code() == 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kvmanager import records as records_module
 from kvmanager.errors import Refusal, Refused
 from kvmanager.layout import Reason, RequestLog
 from kvmanager.records import Records
@@ -162,6 +165,35 @@ def test_ended_records_are_not_kept_mapped_and_can_still_be_read(folder: Path) -
     assert mapped() == before - 1
     source = records.source(keys[0])
     assert source is not None and source.outputs[0].ended and records.unfinished_keys == set()
+
+
+def test_more_records_are_adopted_than_files_may_be_open(folder: Path) -> None:
+    records = records_in(folder, 1 << 30)
+    for number in range(100):
+        records.write(record(str(number)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(used) + 10, hard))
+        adopted = records_in(folder, 1 << 30)
+        adopted.write(record("another"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(adopted) == 101
+    assert not [name for name in names(folder) if "damaged" in name]
+
+
+def test_for_want_of_descriptors_no_record_is_set_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records_in(folder).write(record("a"))
+    before = names(folder)
+
+    def scarce(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(records_module, "map_shared", scarce)
+    with pytest.raises(OSError, match="Too many open files"):
+        records_in(folder)
+    assert names(folder) == before
 
 
 def test_forget_removes_both_files_and_may_be_repeated(folder: Path) -> None:

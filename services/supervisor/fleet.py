@@ -1,0 +1,114 @@
+"""Which processes a supervisor has, and how each is made."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from pagehold.runtime.lock import is_held
+from pagehold.runtime.process import is_alive
+from pagehold.runtime.progress import read_progress
+from pagehold.runtime.settings import ComponentSettings, ExecutorSettings, FrontendSettings, KvManagerSettings
+from pagehold.runtime.statedir import StateDir, frontend_name
+from services.supervisor.child import Child
+from services.supervisor.flags import flags_of
+
+# In the order in which they stop: whoever serves others goes after them.
+COMPONENTS: Final[dict[str, type[ComponentSettings]]] = {
+    "frontend": FrontendSettings,
+    "executor": ExecutorSettings,
+    "kvmanager": KvManagerSettings,
+}
+_STOP_SECONDS: Final = 10.0
+_TAKE_SECONDS: Final = 2.0
+_POLL_SECONDS: Final = 0.02
+
+
+class Fleet:
+    """The children, and what a new one of each component needs."""
+
+    def __init__(
+        self,
+        state: StateDir,
+        settings: ComponentSettings,
+        components: Iterable[str],
+        frontends: int = 1,
+        standby: bool = False,
+        shares_port: bool = False,
+    ) -> None:
+        """components: those that this supervisor keeps. standby: a second executor waits for the first one's lock."""
+        self.children: list[Child] = []
+        self.standby = standby
+        self.shares_port = shares_port
+        self._state = state
+        self._settings = settings
+        self._first = settings.instance if isinstance(settings, FrontendSettings) else 1
+        self._turn = asyncio.Lock()
+        self._is_complete = False
+        counts = {"frontend": frontends, "executor": 1 + standby, "kvmanager": 1}
+        for component in components:
+            for _ in range(counts[component]):
+                self.children.append(self.make(component))
+        self._is_complete = True
+
+    def of(self, component: str) -> list[Child]:
+        return [child for child in self.children if child.component == component]
+
+    def make(self, component: str) -> Child:
+        """A new one, which is not among the children yet."""
+        if component == "frontend":
+            return self._frontend()
+        if component == "executor":
+            names = ("executor", "executor-standby")
+            return Child(
+                component, self._flags(component), self._state, names, self._after_the_other, self._has_executor
+            )
+        return Child(component, self._flags(component), self._state)
+
+    def _flags(self, component: str) -> list[str]:
+        return flags_of(self._settings, COMPONENTS[component])
+
+    def _frontend(self) -> Child:
+        instance = self._first
+        taken = {child.name for child in self.of("frontend")}
+        while (name := frontend_name(instance)) in taken or (self._is_complete and self._lives(name)):
+            instance += 1
+        flags = [*self._flags("frontend"), "--instance", str(instance)]
+        if self.shares_port:
+            flags.append("--share-port")
+        return Child("frontend", flags, self._state, (name,), is_served=self._has_frontend)
+
+    def _lives(self, name: str) -> bool:
+        view = read_progress(self._state.progress(name))
+        return view is not None and is_alive(view)
+
+    def _has_frontend(self) -> bool:
+        return any(child.is_ready for child in self.of("frontend"))
+
+    def _has_executor(self) -> bool:
+        return any(child.is_ready for child in self.of("executor"))
+
+    @asynccontextmanager
+    async def _after_the_other(self, child: Child) -> AsyncIterator[None]:
+        """Executors start one after the other: one that loads does not delay one that is about to serve."""
+        async with self._turn:
+            free_since = None
+            while others := [one for one in self.of("executor") if one is not child and one.pid and not one.is_ready]:
+                await asyncio.sleep(_POLL_SECONDS)
+                now = time.monotonic()
+                free_since = None if is_held(self._state.executor_lock) else free_since or now
+                if free_since and now - free_since > _TAKE_SECONDS:
+                    # No executor, and none that loads: they only wait. A standby that can run has the lock at once.
+                    for other in others:
+                        other.kill_standby()
+            yield
+
+    def stop_seconds(self, component: str) -> float:
+        """How long a process of it may take to stop; a frontend drains first."""
+        settings = self._settings
+        if component == "frontend" and isinstance(settings, FrontendSettings):
+            return _STOP_SECONDS + settings.drain_seconds
+        return _STOP_SECONDS

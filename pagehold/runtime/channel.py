@@ -60,7 +60,7 @@ def server_options() -> Options:
     return [
         ("grpc.so_reuseport", 0),
         # Peers ask whether this process still runs, see above; no sign of an attack.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", _LEAST_PING_MS // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS // 2),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_receive_message_length", INTERNAL_MESSAGE_BYTES),
         ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),

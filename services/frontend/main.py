@@ -148,7 +148,7 @@ class _Frontend:
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", size),
                 # A long prefill sends nothing: clients that ping every 30 s must not be cut off for it.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 # A client whose machine is gone says nothing, for ever: it is asked whether it still lives.
                 ("grpc.keepalive_time_ms", _ASK_MS),

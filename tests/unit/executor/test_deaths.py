@@ -68,25 +68,30 @@ class Scene:
             if heard.accepted:
                 self.accepted.add(stream)
 
-    def play(self, armed: str, restart_manager: bool) -> bool:
-        """To the end; whether there was a death on the way."""
-        died = False
-        failpoint.arm(armed)
-        try:
-            self.world.run(turns=5000)
-        except failpoint.FailpointError:
-            died = True
-        finally:
-            failpoint.arm("")
-        self.listen()
-        if died:
+    def play(self, armed: str, restart_manager: bool, then: str = "") -> int:
+        """To the end; how many deaths there were on the way. then: what is armed in the second life."""
+        deaths = 0
+        for life in (armed, then, ""):
+            if not self._live(life):
+                break
+            deaths += 1
             if restart_manager:
                 self.world.manager = self.world._new_manager()
             self.world.start_executor()
             self.frontend = self.connect()
+        return deaths
+
+    def _live(self, armed: str) -> bool:
+        """Whether it ended with a death."""
+        failpoint.arm(armed)
+        try:
             self.world.run(turns=5000)
+        except failpoint.FailpointError:
+            return True
+        finally:
+            failpoint.arm("")
             self.listen()
-        return died
+        return False
 
     def check(self) -> None:
         for (stream, index), tokens in OUTPUTS.items():
@@ -112,13 +117,18 @@ def test_the_scene_has_all_there_is_to_lose(tmp_path: Path) -> None:
     [
         ("executor.ensure.before", 1),
         ("executor.ensure.after", 1),
+        ("executor.submit.before", 1),
         ("executor.accept.before", 1),
+        ("executor.grant.before", 1),
         ("executor.copy.before", 1),
         ("executor.copy.after", 1),
-        ("executor.run.before", 5),
-        ("executor.run.after", 5),
-        ("executor.commit.before", 7),
-        ("executor.commit.after", 7),
+        ("executor.preempt.before", 1),
+        ("executor.preempt.after", 1),
+        ("executor.run.before", 7),
+        ("executor.run.after", 7),
+        ("executor.token.after", 31),
+        ("executor.commit.before", 11),
+        ("executor.commit.after", 11),
         ("executor.finish.before", 1),
         ("executor.finish.after", 1),
         ("executor.publish.before", 9),
@@ -136,3 +146,27 @@ def test_death_at_every_hit(tmp_path: Path, point: str, stride: int) -> None:
         hit += stride
     print(f"{point}: died at {(hit - 1) // stride} places")
     assert hit > 3
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "executor.map.after",
+        "executor.adopt.before",
+        "executor.adopt.after",
+        "executor.resume.before",
+        "executor.resume.after",
+        "executor.grant.before",
+        "executor.run.after",
+    ],
+)
+def test_death_in_the_middle_of_a_recovery(tmp_path: Path, point: str) -> None:
+    hit = 1
+    while hit <= 4:
+        scene = Scene(tmp_path / str(hit))
+        deaths = scene.play("executor.commit.after=error@120", hit % 2 == 0, then=f"{point}=error@{hit}")
+        scene.check()
+        if deaths == 1:
+            break
+        hit += 1
+    assert hit > 1

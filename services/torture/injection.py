@@ -126,7 +126,11 @@ class Injector:
         if ".forget." in row.point:
             seconds = self._record_ttl + _FORGET_SECONDS
         if await self._comes(row, pid, begin, seconds):
-            return Injected(row, time.monotonic())
+            at = time.monotonic()
+            if row.component == faults.FRONTEND and row.action is Action.ERROR:
+                # It may have failed one stream alone, and lives: it is not to fail all that come after.
+                await self._stack.arm(found.instance, "")
+            return Injected(row, at)
         await self._stack.arm(found.instance, "")
         return None if fault.trigger is Trigger.PEER else await self._instead(row, pid)
 

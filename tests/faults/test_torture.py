@@ -23,13 +23,13 @@ def test_a_short_run_is_clean_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     before = set(Path("/dev/shm").glob("pagehold-torture-*"))
 
-    done = torture("--kills=8", "--streams=6", "--seed=11", "--only=::kill", "--record-ttl=5", f"--results={path}")
+    done = torture("--kills=5", "--streams=4", "--seed=11", "--only=::kill", "--record-ttl=5", f"--results={path}")
 
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = json.loads(path.read_text())["runs"]
     assert run["seed"] == 11
-    assert len(run["trials"]) >= 8
-    assert run["streams_checked"] >= 6
+    assert len(run["trials"]) >= 5
+    assert run["streams_checked"] >= 4
     assert run["checks"] == 2, "before the first fault and after the last one"
     assert [run[name] for name in ("wrong", "lost", "repeated", "errors", "leaks")] == [0] * 5
     assert set(Path("/dev/shm").glob("pagehold-torture-*")) == before

@@ -21,7 +21,7 @@ from pagehold.runtime.progress import Progress
 
 log = structlog.get_logger()
 
-_ATTACH_SECONDS: Final = 60.0  # a pool may have to be made
+_ATTACH_SECONDS: Final = 10.0  # making a pool may take a while
 _GREETING_SECONDS: Final = 1.0  # it is sent before the attach, over another socket
 _ROOM_SECONDS: Final = 5.0  # until a device that lacks memory is believed to
 _ROOM_LOOK_SECONDS: Final = 0.2

@@ -46,7 +46,7 @@ from services.executor.scheduler import Plan, Scheduler
 
 log = structlog.get_logger()
 
-_ADOPT_SECONDS: Final = 120.0  # a pool is mapped, and tens of thousands of records are read
+_MAP_SECONDS: Final = 10.0  # a pool on a device is opened
 _IDLE_SECONDS = 0.1  # how often deadlines and detached requests are looked at
 
 _TAKE_PAGES: Final = ("close", "trim")  # from rows that a step may be writing
@@ -221,10 +221,11 @@ class Engine:
                 self._connections.remove(connection)
                 self.frontends.disconnected(connection)
             case Attached(response, open_pool):
-                self.progress.begin_turn(self._hang_seconds + _ADOPT_SECONDS)
+                self.progress.begin_turn(self._hang_seconds + _MAP_SECONDS)
                 open_pool()
                 failpoint.hit("executor.map.after")
-                self.requests.adopt(response, self._clock())
+                # There may be tens of thousands of records: each is a sign of life.
+                self.requests.adopt(response, self._clock(), lambda: self.progress.begin_turn(self._hang_seconds))
             case PoolLost(let_go):
                 self._land()
                 self.pages.lose_all()

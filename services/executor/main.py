@@ -59,7 +59,7 @@ def main(settings: ExecutorSettings) -> int:
         failpoint.arm(settings.failpoints)
         state = StateDir.prepare(settings.state_dir)
         failpoint.arm_once(state.failpoints("executor"))
-        tenure = Tenure(state)
+        tenure = Tenure(state, settings.hang_seconds)
         model = open_model(settings.model)
         executor = _Executor(settings, state, tenure, model)
     except (ConfigurationError, ModelError, StateDirError, failpoint.FailpointSyntaxError) as error:
@@ -124,6 +124,7 @@ class _Executor:
         linking = asyncio.create_task(link.run())
         linking.add_done_callback(self._on_link_ended)
         stepping = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)
+        self._tenure.started()
         stepping.start()
         if await self._unless_done(self._attached.wait()):
             await self._serve_until_done(engine, progress, stepping)

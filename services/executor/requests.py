@@ -135,12 +135,16 @@ class Requests:
 
     # --- records ---
 
-    def adopt(self, response: kv.AttachResponse, now: float) -> None:
-        """Goes on with every open request that the shared files hold; those known already stay as they are."""
+    def adopt(self, response: kv.AttachResponse, now: float, beat: Callable[[], None] = lambda: None) -> None:
+        """Goes on with every open request that the shared files hold; those known already stay as they are.
+
+        beat: called after each of them.
+        """
         recovered: dict[str, Request] = {}
         for key in response.keys:
             if key not in self.live and key not in self.openings:
                 request = self._load(key)
+                beat()
                 failpoint.hit("executor.adopt.before")
                 if request is not None:
                     recovered[key] = request

@@ -15,21 +15,23 @@ import threading
 from pagehold.runtime import failpoint
 from pagehold.runtime.lock import FileLock, LockBusy
 from pagehold.runtime.progress import Progress, State
+from pagehold.runtime.startwatch import StartWatch
 from pagehold.runtime.statedir import StateDir
 
 
 class Tenure:
     """The lock, held for life, and the progress file that goes with it."""
 
-    def __init__(self, state: StateDir) -> None:
+    def __init__(self, state: StateDir, hang_seconds: float = 10.0) -> None:
         """Takes the lock if it is free. Nothing shared but the progress file is mapped before it is held."""
         self._state = state
+        self._hang_seconds = hang_seconds
         self._lock = FileLock(state.executor_lock)
         self.id = b""  # the 128 bits in executor.lock, once it is held
         try:
             self._lock.acquire()
         except LockBusy:
-            self.progress = Progress(state.progress("executor-standby"))
+            self._start("executor-standby")
         else:
             self._begin()
 
@@ -41,6 +43,7 @@ class Tenure:
         """Until the lock is held. May be cancelled; then the process must end, for it can still get the lock."""
         if self.is_held:
             return
+        self._watch.end()
         self.progress.set_state(State.STANDBY)
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[None] = loop.create_future()
@@ -70,8 +73,16 @@ class Tenure:
         self.progress.set_state(State.DOWN)
         self._begin()
 
+    def started(self) -> None:
+        """Turns begin: from here on they show that the process runs."""
+        self._watch.end()
+
     def _begin(self) -> None:
+        self._start("executor")
         failpoint.hit("executor.lock.held")
         self.id = secrets.token_bytes(16)
         self._lock.write_id(self.id)
-        self.progress = Progress(self._state.progress("executor"))
+
+    def _start(self, name: str) -> None:
+        self.progress = Progress(self._state.progress(name))
+        self._watch = StartWatch(self.progress, self._hang_seconds)

@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 EXIT_CONFIG: Final = 78  # EX_CONFIG
 _WATCH_SECONDS: Final = 0.1
+_SILENT_NS: Final = 60_000_000_000  # until it has written any progress: it only imports before
 _START_SECONDS: Final = 0.5  # until a start that the system refused is tried again
 _STOP_POLL_SECONDS: Final = 0.01
 _HURRY_SECONDS: Final = 2.0
@@ -173,6 +174,10 @@ class Child:
                 self._is_low = False
                 priority.restore(process.pid)
             if view is None:
+                if time.monotonic_ns() - self._started_ns > _SILENT_NS:
+                    log.error("component does not even begin; killing it", name=self._names[0], pid=process.pid)
+                    process.kill()
+                    return
                 continue
             self._was_up = self._was_up or self.is_up
             # A standby waits for its lock for as long as it takes.

@@ -23,19 +23,8 @@ from services.cli.await_ready import await_ready
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMAND = [sys.executable, "-m", "services.cli.main"]
-TESTS = Path(__file__).parent
 START_SECONDS = 180.0
 STOP_SECONDS = 30.0
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the suite: real stacks one after the other on one of them, all else on the other.
-
-    A folder's tests stay together, for what they share is made once a worker.
-    """
-    for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group("stack" if item.get_closest_marker("stack") else folder))
 
 
 def free_port() -> int:

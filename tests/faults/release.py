@@ -78,3 +78,7 @@ class Process:
         """SIGTERM; returns the exit code."""
         self._process.terminate()
         return self._process.wait(30)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()

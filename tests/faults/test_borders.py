@@ -57,15 +57,10 @@ def quiet() -> dict[str, tuple[list[Answer], int]]:
     [
         ("crowd", "executor.ensure.after", 4),
         ("crowd", "executor.commit.before", 110),
-        ("crowd", "executor.publish.before", 18),
         ("crowd", "kvmanager.page_taken", 4),
-        ("crowd", "kvmanager.row.before_word", 3),
         ("crowd", "kvmanager.seal.before_word", 9),
-        ("forks", "executor.copy.before", 4),
         ("forks", "executor.copy.after", 4),
-        ("forks", "kvmanager.fork.before", 5),
         ("forks", "kvmanager.fork.after", 5),
-        ("long", "kvmanager.row.before_length", 3),
         ("long", "kvmanager.ensure_rows.after", 3),
         ("crowd", "frontend.write.before", 60),
     ],
@@ -81,7 +76,6 @@ async def test_killed_at_a_border(
     [
         ("crowd", "executor.token.after", 110),
         ("crowd", "kvmanager.store.before", 60),
-        ("crowd", "frontend.received.before", 12),
     ],
 )
 async def test_an_error_at_a_border(

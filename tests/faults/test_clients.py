@@ -174,11 +174,12 @@ async def test_a_client_behind_a_dead_line(stack: Stack) -> None:
     """Nobody answers and nobody closes: the request ends by itself, and can be resumed elsewhere meanwhile."""
     message = stream(60, tokens=48)
     reference = await undisturbed(stack.address, [message])
+    tables, state = map_tables(StateDir(stack.state_dir)), StateDir(stack.state_dir)
     relay = Relay(stack.address)
     async with relay as address:
         half = asyncio.create_task(generate(address, message))
         heard = Heard.of(message)
-        await until(lambda: bool(stack.status()["sequences"]), "the request did not arrive")
+        await until(lambda: bool(look(state, tables).rows), "the request did not arrive")
         relay.part()
         async with grpc.aio.insecure_channel(stack.address) as channel:
             stub = api_grpc.InferenceServiceStub(channel)

@@ -30,8 +30,8 @@ from tests.faults.test_kill import StartStack
 pytestmark = pytest.mark.stack
 
 SECONDS = 60.0  # far longer than anything here takes
-EXECUTORS = 5
-ROUNDS = 12
+EXECUTORS = 3
+ROUNDS = 6
 
 
 async def until(found: Callable[[], bool], what: str) -> None:
@@ -163,7 +163,7 @@ async def test_managers_race_to_serve(folder: StateDir) -> None:
     assert said.count("another kvmanager serves") == 3 and "Traceback" not in said
 
 
-@pytest.mark.parametrize("seed", [5, 11])
+@pytest.mark.parametrize("seed", [11])
 async def test_everything_dies_in_a_random_order(start_stack: StartStack, seed: int) -> None:
     chance = random.Random(seed)
     await round_of(start_stack(), chance, chance.choice(ORDERS), 0)

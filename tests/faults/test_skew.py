@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,18 +23,20 @@ ORDER = ("kvmanager", "executor", "frontend")
 class Cluster:
     """The three components, each of a release of its own, without a supervisor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hang_seconds: float) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.log = folder / "log"
-        self._state_dir = folder / "state"
+        self.state_dir = folder / "state"
+        self._hang_seconds = hang_seconds
+        self.others: list[Process] = []  # whose place another one has
         self.running: dict[str, Process] = {}
 
     def start(self, component: str, release: Path) -> None:
-        flags = {"state_dir": self._state_dir}
+        flags: dict[str, Any] = {"state_dir": self.state_dir, "hang_seconds": self._hang_seconds}
         if component == "executor":
-            flags["kv_memory"] = "512MiB"  # type: ignore[assignment]
+            flags["kv_memory"] = "512MiB"
         if component == "frontend":
-            flags |= {"listen": self.address, "drain_grace": 0}  # type: ignore[dict-item]
+            flags |= {"listen": self.address, "drain_grace": 0}
         self.running[component] = Process(release, component, self.log, **flags)
 
     def replace(self, component: str, release: Path) -> None:
@@ -41,15 +44,17 @@ class Cluster:
         self.start(component, release)
 
     def stop(self) -> None:
+        for process in self.others:
+            process.kill()
         for component in reversed(ORDER):
             if component in self.running:
                 self.running.pop(component).stop()
 
 
 @contextmanager
-def cluster(release: Path) -> Iterator[Cluster]:
+def cluster(release: Path, hang_seconds: float = 10) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="pagehold-test-", dir="/dev/shm") as folder, ExitStack() as stack:
-        made = Cluster(Path(folder))
+        made = Cluster(Path(folder), hang_seconds)
         stack.callback(made.stop)
         for component in ORDER:
             made.start(component, release)

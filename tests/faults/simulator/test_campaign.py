@@ -19,7 +19,7 @@ def check(report: Report) -> None:
 
 @pytest.mark.timeout(900)  # on one core that others use as well
 def test_ten_thousand_schedules_with_deaths() -> None:
-    stores, messages = play_all({Level.STORES: range(9_000), Level.MESSAGES: range(1_000)})
+    stores, messages = play_all({Level.STORES: range(9_400), Level.MESSAGES: range(600)})
     check(stores)
     check(messages)
     counts = stores.counts

@@ -170,6 +170,7 @@ class _Mortal(Memory):
     """Dies before a store."""
 
     def __init__(self, stores: int) -> None:
+        super().__init__()
         self.left = stores
 
     def put(self, array: np.ndarray, index: object, value: object) -> None:

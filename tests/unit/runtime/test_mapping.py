@@ -19,9 +19,10 @@ def mappings(path: Path) -> int:
 def test_a_mapping_takes_no_descriptor_and_goes_with_its_last_view(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(4096))
+    gc.collect()  # what other tests have left would be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     views = [map_shared(path, writable=True) for _ in range(100)]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert mappings(path) > 0
     words = np.frombuffer(views[0], np.uint64)
     words[1] = 7

@@ -5,10 +5,6 @@ A pool on a device has no file: `DevicePool` opens its memory.
 
 from __future__ import annotations
 
-import mmap
-import os
-from pathlib import Path
-
 import numpy as np
 
 from kvmanager.geometry import read_geometry, read_shape
@@ -31,6 +27,7 @@ from kvmanager.layout import (
     words_key,
 )
 from pagehold.kv.v1 import kv_manager_pb2 as kv
+from pagehold.runtime.mapping import map_shared
 from pagehold.runtime.statedir import StateDir
 from services.executor.sequence import Request, Sequence
 
@@ -76,11 +73,11 @@ class SharedPool:
     def map(self) -> memoryview:
         """Maps both files; returns the pool's bytes."""
         self.map_tables()
-        return memoryview(_map(self._state.pool, mmap.PROT_READ | mmap.PROT_WRITE))
+        return map_shared(self._state.pool, writable=True)
 
     def map_tables(self) -> None:
-        raw = _map(self._state.tables, mmap.PROT_READ)
-        self._tables = Tables(memoryview(raw), *read_shape(np.frombuffer(raw, np.uint64, HEADER_WORDS)))
+        raw = map_shared(self._state.tables, writable=False)
+        self._tables = Tables(raw, *read_shape(np.frombuffer(raw, np.uint64, HEADER_WORDS)))
         self.pages, self.page_size = self._tables.page_tokens.shape
 
     def still_the_same(self) -> bool:
@@ -139,14 +136,3 @@ class SharedPool:
 
 def _uuid(header: U64) -> bytes:
     return header[Header.POOL_UUID : Header.POOL_UUID + 2].tobytes()
-
-
-def _map(path: Path, protection: int) -> mmap.mmap:
-    fd = os.open(path, (os.O_RDWR if protection & mmap.PROT_WRITE else os.O_RDONLY) | os.O_CLOEXEC)
-    try:
-        mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED, protection)
-    finally:
-        os.close(fd)
-    # A child must not inherit a writable mapping: holding executor.lock proves that writers are dead.
-    mapped.madvise(mmap.MADV_DONTFORK)
-    return mapped

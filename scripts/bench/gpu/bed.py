@@ -20,7 +20,7 @@ from kernels.cuda.device import Device
 Launch = Callable[[], object]  # enqueues on torch's current stream
 
 _LAUNCHES: Final = 16  # in a graph, at least
-_TIMED_SECONDS: Final = 0.25
+_TIMED_SECONDS: Final = 0.1
 _REPLAYS: Final = (7, 60)  # at least, at most
 
 

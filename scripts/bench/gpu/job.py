@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
 LIMIT_SECONDS: Final = 590.0  # of a part
 WORK: Final = Path("/tmp/pagehold-gpu-check")
+
+
+def python_path(*folders: Path) -> str:
+    """For a child: these folders before those that this process was given, where packages may lie."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class PartError(Exception):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import IO, Final
 
-from gpu.job import REPOSITORY, Options, Part
+from gpu.job import REPOSITORY, Options, Part, python_path
 from gpu.report import Machine, PartRun, Result, decode
 
 _GRACE_SECONDS: Final = 5.0  # beyond the limit that a part sees itself
@@ -33,7 +33,7 @@ def run(part: Part, options: Options, command: str, machine: Machine) -> PartRun
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY / 'scripts' / 'bench'}:{REPOSITORY}"},
+        env={**os.environ, "PYTHONPATH": python_path(REPOSITORY / "scripts" / "bench", REPOSITORY)},
         start_new_session=True,  # its children are stopped with it
     )
     os.close(write_end)

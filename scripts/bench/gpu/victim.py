@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpu.access import Access, access
+from gpu.job import python_path
 from kvmanager.device.memory import Allocation, DeviceError, Export, Mapping, load_driver
 from kvmanager.layout import PoolKind
 
@@ -85,7 +86,7 @@ class Victim:
 
 def _environment() -> dict[str, str]:
     root = Path(__file__).resolve().parents[1]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root.parents[1])))}
+    return {**os.environ, "PYTHONPATH": python_path(root, root.parents[1])}
 
 
 class _Process:

@@ -253,7 +253,7 @@ def test_no_logprob_unless_asked(host: HostDevice) -> None:
 EXTREMES = [
     Sampling(),
     Sampling(temperature=0.0),
-    Sampling(temperature=1e-45),
+    Sampling(temperature=1.2e-38),  # about the least that is not subnormal; a GPU takes those for 0
     Sampling(top_p=0.5),
     Sampling(top_k=3, min_p=0.5, repetition_penalty=1e-38),
     Sampling(bias={2: 3e38, 3: 3e38}),

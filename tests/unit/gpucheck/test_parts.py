@@ -38,7 +38,7 @@ def test_decode_on_the_stand_in(job: Job, lines: list[str]) -> None:
     found = [result_of(line) for line in lines if "note" not in json.loads(line)]
     rows = [one for one in found if one.table == "decode"]
     assert [one.labels[:2] for one in rows] == [
-        (cache, layout) for cache in ("bfloat16", "fp8") for layout in ("page-major", "layer-major")
+        (cache, layout) for layout in ("layer-major", "page-major") for cache in ("bfloat16", "fp8")
     ]
     for one in rows:
         error = one.figures["error"]

@@ -42,8 +42,9 @@ def run(job: Job) -> None:
     peers, missing = available(job.options.fa3)
     for text in missing:
         job.note(text)
-    for dtype in TYPES:
-        for layout in LAYOUTS:
+    # The layout that is served comes first: time may end before the grid does.
+    for layout in reversed(LAYOUTS):
+        for dtype in TYPES:
             budget = 1 << 22 if job.options.tiny else int(bed.free_bytes() * _POOL_SHARE)
             for batch, context in [(b, c) for c in grid.contexts for b in grid.batches]:
                 if job.left() < _SPARE_SECONDS:

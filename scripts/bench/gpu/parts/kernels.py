@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gpu.job import REPOSITORY, Job, PartError
+from gpu.job import REPOSITORY, Job, PartError, python_path
 
 FOLDER: Final = "tests/kernels/cuda"
 # Tests of the stand-in itself and of compilers, which a GPU has nothing to do with.
@@ -87,7 +87,7 @@ def pytest(words: Sequence[str], limit: float, wrapper: Sequence[str] = ()) -> C
             done = subprocess.run(
                 command,
                 cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                env={**os.environ, "PYTHONPATH": python_path(REPOSITORY)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -112,7 +112,7 @@ def _until_returned(free: Callable[[], int], before: int, taken: int, began: flo
 
 def same_pid(scene: Scene) -> Finding:
     """(d) Owner and user have the same PID value, in namespaces of their own."""
-    wrapper = ("unshare", "--pid", "--fork", "--kill-child")
+    wrapper = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")  # CUDA reads /proc
     owner = scene.process(*wrapper)
     export, fd = owner.ask_with_descriptor("own", scene.kind, scene.nbytes)
     user = scene.process(*wrapper)
@@ -171,7 +171,7 @@ def readers_killed(scene: Scene, seconds: float) -> Finding:
     free: list[int] = []
     descriptors = len(os.listdir("/proc/self/fd"))
     end = time.monotonic() + seconds
-    while sum(counts) < _CYCLES and time.monotonic() < end:
+    while not counts or (sum(counts) < _CYCLES and time.monotonic() < end):
         with ExitStack() as stack:
             readers = [stack.enter_context(Victim(scene.driver)) for _ in range(_AT_ONCE)]
             places = [reader.ask("attach", export, fd=fd) for reader in readers]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from gpu.job import Job, PartError
-from gpu.parts.kernels import kernel_tests, on_gpu, pytest
+from gpu.parts.kernels import Counts, kernel_tests, on_gpu, pytest
 
 # Also where the toolkit is installed without being on the path.
 _PLACES: Final = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
@@ -20,10 +21,21 @@ def run(job: Job) -> None:
     program = next((found for place in _PLACES if (found := shutil.which(place))), None)
     if program is None:
         raise PartError("compute-sanitizer is not installed: it is part of the CUDA toolkit")
-    for i, (tool, options) in enumerate(_OPTIONS.items()):
-        wrapper = [program, "--tool", tool, *options, "--target-processes", "all", "--print-limit", "20"]
-        words = [*kernel_tests(), *on_gpu(), "--spread", str(_TESTS)]
-        counts = pytest(words, job.left() / (len(_OPTIONS) - i), wrapper)
+    words = [*kernel_tests(), *on_gpu(), "--spread", str(_TESTS)]
+
+    def check(tool: str) -> Counts:
+        wrapper = [program, "--tool", tool, *_OPTIONS[tool], "--target-processes", "all", "--print-limit", "20"]
+        return pytest(words, job.left(), wrapper)
+
+    # Side by side: nothing is timed, and each keeps one processor busy.
+    with ThreadPoolExecutor(len(_OPTIONS)) as pool:
+        runs = {tool: pool.submit(check, tool) for tool in _OPTIONS}
+    for tool, run in runs.items():
+        try:
+            counts = run.result()
+        except PartError as error:
+            job.note(f"{tool}: {error}")
+            continue
         count = errors(counts.output)
         job.emit("sanitizer", (tool,), errors=count, passed=counts.passed, seconds=counts.seconds)
         if count or count is None or counts.code:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from kvmanager.layout import Strides
 from services.executor.modelstore.packed import PackedModel
 from services.executor.modelstore.store import open_model
 from services.executor.runner.base import Chunk, Lane, Runner, SamplingParams
-from services.executor.runner.cuda import attention
+from services.executor.runner.cuda import attention, weights
 from services.executor.runner.cuda.limits import Limits
 from services.executor.runner.cuda.pool import DeviceMemory, make_pool
 from services.executor.runner.cuda.products import TorchProducts
@@ -383,3 +383,16 @@ def test_the_pool_is_what_the_runner_leaves(model: PackedModel, platform: HostPl
     free, total = platform.memory()
     assert runner.pool_bytes(0.75) == int(0.75 * total) - (total - free)
     assert runner.pool_bytes(0.25) == 0
+
+
+def test_weights_that_travel_in_pieces_arrive_whole(
+    model: PackedModel, platform: HostPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = weights.load_weights(model, "bfloat16", platform)
+    monkeypatch.setattr(weights, "_CHUNK", 1000)
+    pieces = weights.load_weights(model, "bfloat16", platform)
+    for one, other in zip((whole, *whole.layers), (pieces, *pieces.layers), strict=True):
+        for field in fields(one):
+            tensor = getattr(one, field.name)
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, getattr(other, field.name)), field.name

@@ -11,12 +11,14 @@ import torch
 from kernels.cpu.packing import PANEL
 from services.executor.modelstore.packed import PackedModel, Tensor, TensorKind
 from services.executor.runner.cuda.platform import Platform
+from services.executor.runner.cuda.uploads import Uploads
 
 log = structlog.get_logger()
 
 TORCH_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOG_EVERY = 4 << 30  # bytes between two words about the progress
+_CHUNK = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class Weights:
 
 
 def load_weights(model: PackedModel, dtype: str, platform: Platform) -> Weights:
-    """Copies every tensor, one at a time; the largest is on the device twice for a moment."""
-    loader = _Loader(model, TORCH_TYPES[dtype], platform.torch_device)
+    """One tensor at a time, inside the platform's stream; the largest is on the device twice for a moment."""
+    loader = _Loader(model, TORCH_TYPES[dtype], platform)
     head = loader.matrix("output_head")
     return Weights(
         embedding=head if model.spec.tied_embeddings else loader.matrix("embedding"),
@@ -77,30 +79,35 @@ def _layer(loader: _Loader, prefix: str) -> LayerWeights:
 
 
 class _Loader:
-    def __init__(self, model: PackedModel, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: PackedModel, dtype: torch.dtype, platform: Platform) -> None:
         self.model = model
         self.dtype = dtype
-        self._device = device
+        self._device = platform.torch_device
+        self._uploads = Uploads(platform, _CHUNK, buffers=3)
         self._total = sum(tensor.nbytes for tensor in model.tensors.values())
         self._done = 0
 
     def matrix(self, name: str) -> torch.Tensor:
         """In the compute type, row-major without the padding of panels."""
         tensor = self.model.tensors[name]
-        bits = self._upload(name, np.int16)
+        bits = self._upload(name).view(torch.int16)
         matrix = bits.view(tensor.shape) if tensor.kind is TensorKind.BFLOAT16 else _unpack(bits, tensor)
         return matrix.view(torch.bfloat16).to(self.dtype)
 
     def vector(self, name: str) -> torch.Tensor:
         """float32 as in the file."""
-        return self._upload(name, np.float32)
+        return self._upload(name).view(torch.float32)
 
-    def _upload(self, name: str, element: type[np.generic]) -> torch.Tensor:
-        data = np.array(self.model.view(name)).view(element)  # a copy: torch wants to be able to write
+    def _upload(self, name: str) -> torch.Tensor:
+        """Its bytes. One piece is read from the file while those before it travel."""
+        data = self.model.view(name).reshape(-1).view(np.uint8)
+        target = torch.empty(data.nbytes, dtype=torch.uint8, device=self._device)
+        for start in range(0, data.nbytes, _CHUNK):
+            self._uploads.copy(data[start : start + _CHUNK], target[start:])
         before, self._done = self._done, self._done + data.nbytes
         if before // _LOG_EVERY != self._done // _LOG_EVERY:
             log.info("loading weights", gib=round(self._done / 2**30, 1), of=round(self._total / 2**30, 1))
-        return torch.from_numpy(data).to(self._device)
+        return target
 
 
 def _unpack(bits: torch.Tensor, tensor: Tensor) -> torch.Tensor:

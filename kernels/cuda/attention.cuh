@@ -69,7 +69,7 @@ DEVICE void attend(const Attention& a, u8* shared) {
   loader.first = tile_first + column * S::kSlice;
   loader.start();
 #pragma unroll
-  for (int tile = 0; tile < STAGES - 1; ++tile) {
+  for (int tile = 0; tile < S::kAhead; ++tile) {
     if (tile < tiles) loader.issue(tile);
     cp_async_commit();
   }
@@ -84,7 +84,10 @@ DEVICE void attend(const Attention& a, u8* shared) {
   rows.start(a, item, kv_head, head_first, queries, warp_row);
 
   for (int tile = 0; tile < tiles; ++tile) {
-    if constexpr (STAGES > 1) {
+    if constexpr (S::kAlone) {
+      cp_async_wait<STAGES - 1>();
+      S::synchronise();
+    } else if constexpr (STAGES > 1) {
       cp_async_wait<STAGES - 2>();
       // The tile has arrived for all, and none still reads the one before it, whose place is filled next.
       S::synchronise();
@@ -104,6 +107,12 @@ DEVICE void attend(const Attention& a, u8* shared) {
       const int offset = part * S::kTokens * S::kRowBytes;
       if (first <= rows.seen_last && first + S::kTokens > rows.seen_first)
         rows.consume(a, factor, first, keys + offset, values + offset);
+    }
+    if constexpr (S::kAlone) {
+      // Its place is filled at once: while the warp waits for the next tile, all stages are under way.
+      S::synchronise();
+      if (tile + STAGES < tiles) loader.issue(tile + STAGES);
+      cp_async_commit();
     }
   }
 

@@ -197,7 +197,10 @@ def shape_defines(shape: AttentionShape) -> dict[str, int | str]:
 
 
 def fit(shape: AttentionShape, kind: Kind, rows: int, compute_capability: int) -> Blocks:
-    """The number of stages that keeps most bytes under way on a multiprocessor; of equals, that with more blocks."""
+    """decode: the stages and blocks that keep most bytes under way on a multiprocessor; of equals, most stages.
+
+    append: two blocks on a multiprocessor where they fit, for one computes while the other waits; then most stages.
+    """
     chunks = shape.head_dim * ELEMENTS[shape.kv_dtype].itemsize // 16
     stage = 2 * TILE * (chunks | 1) * 16
     queries = rows * (shape.head_dim * 2 + 16)
@@ -210,10 +213,12 @@ def fit(shape: AttentionShape, kind: Kind, rows: int, compute_capability: int) -
         shared = max(stages * stage + queries, merge)
         resident = min(most, _shared_memory(compute_capability) // (shared + 1024))  # 1 KiB a block is the system's
         if resident:
-            possible.append(((stages - 1) * resident, resident, Blocks(stages, resident, shared)))
+            possible.append(Blocks(stages, resident, shared))
     if not possible:
         raise ValueError(f"compute capability {compute_capability} has too little shared memory for {shape}")
-    return max(possible)[2]
+    if kind == "decode":
+        return max(possible, key=lambda blocks: (blocks.stages * blocks.resident, blocks.stages))
+    return max(possible, key=lambda blocks: (blocks.stages > 1, blocks.resident, blocks.stages))
 
 
 def _shared_memory(compute_capability: int) -> int:

@@ -25,11 +25,18 @@ def without(text: str, barrier: str = "sync_block();\n") -> tuple[str, str]:
 
 
 MUTATIONS = [
-    Mutation("wait leaves a stage more", CORE, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()", decode),
+    Mutation("wait leaves a stage more", CORE, "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()", append),
+    Mutation(
+        "a lone warp's wait leaves a stage more",
+        CORE,
+        "wait<STAGES - 1>();\n      S",
+        "wait<STAGES>();\n      S",
+        decode,
+    ),
     Mutation(
         "no barrier before a stage is used",
         CORE,
-        *without("S::synchronise();\n      if (tile", "S::synchronise();\n"),
+        *without("S::synchronise();\n      if (tile + STAGES - 1", "S::synchronise();\n"),
         append,
     ),
     Mutation("no barrier after the queries", CORE, *without("head_first, queries);\n  sync_block();\n"), append),

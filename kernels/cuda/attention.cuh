@@ -101,13 +101,8 @@ DEVICE void attend(const Attention& a, u8* shared) {
       S::synchronise();
     }
     const u8 *const keys = loader.half(tile, 0), *const values = loader.half(tile, 1);
-#pragma unroll 1
-    for (int part = 0; part < S::kSlice / S::kTokens; ++part) {
-      const i32 first = loader.first + tile * kTile + part * S::kTokens;
-      const int offset = part * S::kTokens * S::kRowBytes;
-      if (first <= rows.seen_last && first + S::kTokens > rows.seen_first)
-        rows.consume(a, factor, first, keys + offset, values + offset);
-    }
+    const i32 first = loader.first + tile * kTile;
+    if (first <= rows.seen_last && first + S::kSlice > rows.seen_first) rows.consume(a, factor, first, keys, values);
     if constexpr (S::kAlone) {
       // Its place is filled at once: while the warp waits for the next tile, all stages are under way.
       S::synchronise();

@@ -75,7 +75,7 @@ struct Rows {
 #pragma unroll
       for (int k = 0; k < S::kSteps; ++k)
 #pragma unroll
-        for (int g = 0; g < S::kTokens / 16; ++g) {
+        for (int g = 0; g < S::kSlice / 16; ++g) {
           u32 r[4];
           ldmatrix_x4(r, base + g * 16 * S::kRowBytes + k * 32);
           use(g, k, {r[0], r[1]}, {r[2], r[3]});
@@ -85,7 +85,7 @@ struct Rows {
 #pragma unroll
       for (int k = 0; k < S::kSteps; k += 2)
 #pragma unroll
-        for (int g = 0; g < S::kTokens / 16; ++g) {
+        for (int g = 0; g < S::kSlice / 16; ++g) {
           u32 r[4];
           load_pair(r, base + g * 16 * S::kRowBytes, k);
           use(g, k, {widen_low(r[0]), widen_high(r[0])}, {widen_low(r[1]), widen_high(r[1])});
@@ -120,9 +120,9 @@ struct Rows {
     u32 words[2];
   };
 
-  // S::kTokens keys from `first` on, whose rows of shared memory begin at keys and values.
+  // S::kSlice keys from `first` on, whose rows of shared memory begin at keys and values.
   DEVICE void consume(const Attention& a, float factor, i32 first, const u8* keys, const u8* values) {
-    constexpr int kTiles = S::kTokens / 8;
+    constexpr int kTiles = S::kSlice / 8;
     float s[M_TILES][kTiles][4] = {};
     u32 loaded[M_TILES][4];
     int loaded_step = -1;
@@ -141,7 +141,7 @@ struct Rows {
       }
     });
 
-    const bool full = first >= full_first && first + S::kTokens - 1 <= full_last;
+    const bool full = first >= full_first && first + S::kSlice - 1 <= full_last;
 #pragma unroll
     for (int t = 0; t < M_TILES; ++t) {
 #pragma unroll
@@ -167,7 +167,7 @@ struct Rows {
     }
 
 #pragma unroll
-    for (int g = 0; g < S::kTokens / 16; ++g) {
+    for (int g = 0; g < S::kSlice / 16; ++g) {
       u32 p[M_TILES][4];
 #pragma unroll
       for (int t = 0; t < M_TILES; ++t)

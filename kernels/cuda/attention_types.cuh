@@ -26,9 +26,6 @@
 #ifndef ALIBI  // 1: scores get slopes[head] * (key - query)
 #define ALIBI 0
 #endif
-#ifndef SOFTMAX_TOKENS  // of one step of the softmax at most: more take more registers
-#define SOFTMAX_TOKENS 64
-#endif
 #ifndef STAGES
 #define STAGES 3
 #endif
@@ -127,7 +124,6 @@ struct Shape {
   static constexpr int kLoaders = 32 * WARPS_M;
   static constexpr bool kAlone = WARPS_M == 1;  // a warp waits for no other one
   static constexpr int kAhead = kAlone ? STAGES : STAGES - 1;  // tiles under way before the first is needed
-  static constexpr int kTokens = kSlice < SOFTMAX_TOKENS ? kSlice : SOFTMAX_TOKENS;  // of one softmax step
   static constexpr int kSteps = HEAD_DIM / 16;
   static constexpr bool kQueriesInRegisters = HEAD_DIM * M_TILES <= 128;
 

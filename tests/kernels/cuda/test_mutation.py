@@ -46,7 +46,7 @@ MUTATIONS = [
     Mutation("page ids of the same tiles again", LOADER, "next_ids = page_ids(1)", "next_ids = ids", decode_long),
     Mutation("tail mask is off by one", ROWS, "minimum(item.kv_end - 1, at)", "minimum(item.kv_end, at + 1)", decode),
     Mutation("causal mask is off by one", ROWS, "|| key > upper[t][j / 2]", "|| key > upper[t][j / 2] + 1", append),
-    Mutation("seen whole too early", ROWS, "S::kTokens - 1 <= full_last", "S::kTokens - 2 <= full_last", append),
+    Mutation("seen whole too early", ROWS, "S::kSlice - 1 <= full_last", "S::kSlice - 2 <= full_last", append),
     Mutation("no barrier before arrival", MERGE, *without("fence();\n  sync_block();\n  const"), decode),
     Mutation("no barrier after arrival", MERGE, *without("sync_block();\n  fence();\n"), decode),
     Mutation("merged one block too early", MERGE, "== arrivals - 1", "== arrivals - 2", decode),

@@ -29,10 +29,10 @@ from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime import failpoint, logs
 from pagehold.runtime.admin import serve_admin
 from pagehold.runtime.channel import server_options
+from pagehold.runtime.heartbeat import Heartbeat
 from pagehold.runtime.lock import LOOK_SECONDS, FileLock, LockBusy
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.settings import KvManagerSettings
-from pagehold.runtime.startwatch import StartWatch
 from pagehold.runtime.statedir import StateDir, StateDirError
 
 log = structlog.get_logger()
@@ -63,14 +63,14 @@ def main(settings: KvManagerSettings) -> int:
         return _refuse(str(error), EXIT_CONFIG)
     try:
         progress = Progress(state.progress("kvmanager"))
-        watch = StartWatch(progress, settings.hang_seconds)
+        Heartbeat(progress, settings.hang_seconds)
         exporter = partial(_exporter, settings.cuda_driver)
         manager = Manager(state, settings.record_quota, settings.record_ttl, failpoint.hit, exporter=exporter)
     except CannotAdopt as error:
         return _refuse(str(error), EXIT_CONFIG)
     except OSError as error:
         return _refuse(f"cannot use the files in {state.root}: {error.strerror}", EXIT_FAULT)
-    return uvloop.run(_serve(settings, state, manager, progress, watch))
+    return uvloop.run(_serve(settings, state, manager, progress))
 
 
 def _exporter(driver: str, kind: PoolKind) -> Exporter:
@@ -83,9 +83,7 @@ def _refuse(message: str, code: int) -> int:
     return code
 
 
-async def _serve(
-    settings: KvManagerSettings, state: StateDir, manager: Manager, progress: Progress, watch: StartWatch
-) -> int:
+async def _serve(settings: KvManagerSettings, state: StateDir, manager: Manager, progress: Progress) -> int:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[int] = loop.create_future()
 
@@ -112,7 +110,6 @@ async def _serve(
     await server.start()
     # What was adopted lives as long as the process: the collector need not look at it in a turn.
     gc.freeze()
-    watch.end()
     progress.set_state(State.READY)
     log.info("serving", state_dir=str(state.root), epoch=manager.epoch)
     between_calls = [

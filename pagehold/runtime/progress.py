@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 _WORDS: Final = 8
-_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED, _FINDINGS = range(7)
+_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED, _FINDINGS, _ALIVE = range(_WORDS)
 
 
 class State(IntEnum):
@@ -41,10 +41,17 @@ class ProgressView:
     started_ns: int  # CLOCK_MONOTONIC
     committed: int  # tokens committed in this life; only the executor counts
     findings: int = 0  # of checks that the component makes of itself; only the manager does
+    alive_until_ns: int = 0  # CLOCK_MONOTONIC, of the next heartbeat; 0: it has none
+
+    @property
+    def missed_ns(self) -> int:
+        """The deadline that is over, of the turn or of the heartbeat; 0: none is."""
+        now = time.monotonic_ns()
+        return next((deadline for deadline in (self.deadline_ns, self.alive_until_ns) if 0 < deadline < now), 0)
 
     @property
     def overdue(self) -> bool:
-        return self.deadline_ns != 0 and time.monotonic_ns() > self.deadline_ns
+        return self.missed_ns != 0
 
 
 class Progress:
@@ -63,6 +70,7 @@ class Progress:
         self._words[_TURN] = 0
         self._words[_COMMITTED] = 0
         self._words[_FINDINGS] = 0
+        self._words[_ALIVE] = 0
         self._words[_STARTED] = time.monotonic_ns()
         self._words[_PID] = os.getpid()
         self._words[_STATE] = int(State.STARTING)
@@ -72,6 +80,13 @@ class Progress:
 
     def set_findings(self, count: int) -> None:
         self._words[_FINDINGS] = count
+
+    def beat(self, seconds: float) -> None:
+        """The process runs. Without another beat within `seconds` it counts as hung."""
+        self._words[_ALIVE] = time.monotonic_ns() + int(seconds * 1e9)
+
+    def end_beats(self) -> None:
+        self._words[_ALIVE] = 0
 
     def begin_turn(self, seconds: float) -> None:
         """A turn that must end within `seconds`, else the component counts as hung."""
@@ -96,7 +111,7 @@ def read_progress(path: Path) -> ProgressView | None:
         return None
     if len(words) < _WORDS:
         return None
-    pid, state, turn, deadline, started, committed, findings = (int(word) for word in words[:7])
+    pid, state, turn, deadline, started, committed, findings, alive = (int(word) for word in words)
     if state >= len(State):
         return None
-    return ProgressView(pid, State(state), turn, deadline, started, committed, findings)
+    return ProgressView(pid, State(state), turn, deadline, started, committed, findings, alive)

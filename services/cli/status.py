@@ -66,10 +66,9 @@ def _component(state: StateDir, name: str, tables: Tables | None) -> dict[str, A
     view = read_progress(state.progress(name))
     if view is None or not is_alive(view):
         return {"pid": None, "state": State.DOWN.label}
-    stalled = view.overdue and view.state is not State.STANDBY
     found: dict[str, Any] = {
         "pid": view.pid,
-        "state": (State.STALLED if stalled else view.state).label,
+        "state": (State.STALLED if view.overdue else view.state).label,
         "uptime_seconds": round((time.monotonic_ns() - view.started_ns) / 1e9, 1),
     }
     if name in ("kvmanager", "executor") and tables is not None:

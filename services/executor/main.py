@@ -124,7 +124,6 @@ class _Executor:
         linking = asyncio.create_task(link.run())
         linking.add_done_callback(self._on_link_ended)
         stepping = threading.Thread(target=self._run_engine, args=(engine, loop), name="step", daemon=True)
-        self._tenure.started()
         stepping.start()
         if await self._unless_done(self._attached.wait()):
             await self._serve_until_done(engine, progress, stepping)

@@ -13,9 +13,9 @@ import secrets
 import threading
 
 from pagehold.runtime import failpoint
+from pagehold.runtime.heartbeat import Heartbeat
 from pagehold.runtime.lock import FileLock, LockBusy
 from pagehold.runtime.progress import Progress, State
-from pagehold.runtime.startwatch import StartWatch
 from pagehold.runtime.statedir import StateDir
 
 
@@ -43,7 +43,6 @@ class Tenure:
         """Until the lock is held. May be cancelled; then the process must end, for it can still get the lock."""
         if self.is_held:
             return
-        self._watch.end()
         self.progress.set_state(State.STANDBY)
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[None] = loop.create_future()
@@ -70,12 +69,9 @@ class Tenure:
         # A daemon: a process that is told to stop must not wait for a lock that may be held for days.
         threading.Thread(target=block, name="lock", daemon=True).start()
         await outcome
+        self._heart.end()
         self.progress.set_state(State.DOWN)
         self._begin()
-
-    def started(self) -> None:
-        """Turns begin: from here on they show that the process runs."""
-        self._watch.end()
 
     def _begin(self) -> None:
         self._start("executor")
@@ -85,4 +81,4 @@ class Tenure:
 
     def _start(self, name: str) -> None:
         self.progress = Progress(self._state.progress(name))
-        self._watch = StartWatch(self.progress, self._hang_seconds)
+        self._heart = Heartbeat(self.progress, self._hang_seconds)

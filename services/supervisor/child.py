@@ -180,10 +180,8 @@ class Child:
                     return
                 continue
             self._was_up = self._was_up or self.is_up
-            # A standby waits for its lock for as long as it takes.
-            missed = view.deadline_ns if view.overdue and view.state is not State.STANDBY else 0
-            if hang.look(time.monotonic(), missed):
-                log.error("component hangs: its step is overdue; killing it", name=self.name, pid=process.pid)
+            if hang.look(time.monotonic(), view.missed_ns):
+                log.error("component hangs: killing it", name=self.name, pid=process.pid)
                 process.kill()
                 return
 

@@ -77,9 +77,6 @@ class Injector:
             return None
         if row.action is Action.PAUSE:
             self._after(self._random.uniform(0.05, 0.5) * self._hang_seconds, found.pid, signal.SIGCONT)
-        elif row.action is Action.STOP and row.component == STANDBY:
-            # Nobody watches a standby: it does nothing that could be late.
-            self._after(1.0, found.pid, signal.SIGKILL)
         return Injected(row, at)
 
     async def _one_after_another(self, row: Row) -> Injected:

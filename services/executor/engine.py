@@ -101,6 +101,8 @@ class Engine:
             self.progress.begin_turn(self._hang_seconds)
             for event in self.inbox.take(0 if busy else _IDLE_SECONDS):
                 self._handle(event)
+            # Whoever came back has what is there at once, not only after another step.
+            publisher.publish(self._connections)
             busy = self.step()
         if self._flight is not None:
             self._land()

@@ -152,6 +152,8 @@ class Requests:
             self._arrivals += 1
             for sequence in request.sequences:
                 sequence.arrival = self._arrivals
+                # How far it was read is not known, and it must not rest until its frontend comes to say so.
+                sequence.cursor = sequence.length
         for sequence in self._pool.find_rows(recovered):
             if sequence.phase is Phase.ENDED:
                 self.call(calls.close(sequence))

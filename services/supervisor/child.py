@@ -156,8 +156,10 @@ class Child:
                 *command,
                 f"--parent-pid={os.getpid()}",
                 stdin=asyncio.subprocess.DEVNULL,
-                # A terminal's Ctrl-C is for the supervisor, which stops its children in order.
-                start_new_session=True,
+                # A terminal's Ctrl-C is for the supervisor, which stops its children in order. Not a session of its
+                # own: where the kernel shares the processors out by sessions (autogroup), a nice value counts only
+                # within one, and what loads would take half of what serves.
+                process_group=0,
                 # Nothing outside the kernels' own pool computes: threads of NumPy's would only be in the way.
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )

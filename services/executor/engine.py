@@ -31,6 +31,7 @@ from services.executor.inbox import (
     Attached,
     Connected,
     Disconnected,
+    Event,
     FromFrontend,
     Inbox,
     PoolLost,
@@ -99,15 +100,19 @@ class Engine:
         busy = False
         while not self._stopping:
             self.progress.begin_turn(self._hang_seconds)
-            for event in self.inbox.take(0 if busy else _IDLE_SECONDS):
-                self._handle(event)
-            # Whoever came back has what is there at once, not only after another step.
-            publisher.publish(self._connections)
+            self.handle(self.inbox.take(0 if busy else _IDLE_SECONDS))
             busy = self.step()
         if self._flight is not None:
             self._land()
             publisher.publish(self._connections)
         self.progress.end_turn()
+
+    def handle(self, events: list[Event]) -> None:
+        """What came between two steps."""
+        for event in events:
+            self._handle(event)
+        # Whoever came back has what is there at once, not only after another step.
+        publisher.publish(self._connections)
 
     def step(self) -> bool:
         """One turn; whether there was anything to compute."""
@@ -210,7 +215,7 @@ class Engine:
         self._pace.learn(plan.positions, self._clock() - self._began)
         self.progress.end_turn(committed, self._hang_seconds)
 
-    def _handle(self, event: object) -> None:
+    def _handle(self, event: Event) -> None:
         match event:
             case FromFrontend(connection, message):
                 self.frontends.handle(connection, message)

@@ -182,7 +182,7 @@ class Child:
                     return
                 continue
             self._was_up = self._was_up or self.is_up
-            if hang.look(time.monotonic(), view.missed_ns):
+            if hang.look(time.monotonic(), view.missed_ns, self._is_low):
                 log.error("component hangs: killing it", name=self.name, pid=process.pid)
                 process.kill()
                 return

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Final
 
-_NICE: Final = 10  # about a tenth of a processor that others want as well
+_NICE: Final = 5  # about a quarter of a processor that another one wants as well: loading must come to its end
 
 
 def lower(pid: int) -> bool:

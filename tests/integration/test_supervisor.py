@@ -40,6 +40,13 @@ def test_discard_is_refused_while_components_live(stack: Stack) -> None:
     assert "stop it before --discard" in said
 
 
+def test_components_are_groups_within_the_supervisors_session(stack: Stack) -> None:
+    """A terminal's Ctrl-C is not for them, and where sessions share the processors, nice values count among them."""
+    for pid in stack.pids().values():
+        assert os.getpgid(pid) == pid
+        assert os.getsid(pid) == os.getsid(stack.process.pid)
+
+
 def test_a_wrong_setup_ends_up_with_one_clear_line(tmp_path: Path) -> None:
     state = tmp_path / "state"
     said = _refused("up", "--state-dir", str(state), "--model", "/nowhere", "--listen", f"127.0.0.1:{free_port()}")

@@ -17,7 +17,7 @@ from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.progress import read_progress
 from services.executor.inbox import Attached, PoolLost, Stop
-from services.executor.sequence import Phase, Sequence
+from services.executor.sequence import Phase
 from tests.unit.executor.checking_runner import expected
 from tests.unit.executor.flying_runner import FlyingRunner
 from tests.unit.executor.test_deaths import Scene
@@ -37,12 +37,6 @@ def ahead(root: Path, **settings: int) -> World:
 def runner_of(world: World) -> FlyingRunner:
     assert isinstance(world.runner, FlyingRunner)
     return world.runner
-
-
-def sequence_of(world: World, number: int, index: int = 0) -> Sequence:
-    sequence = world.requests.sequence(request_key("default", f"r{number}"), index)
-    assert sequence is not None
-    return sequence
 
 
 def tokens_of(frontend: Frontend, number: int) -> list[int]:
@@ -152,7 +146,7 @@ def start(world: World, tokens: int = 400, heard: int = 12) -> Frontend:
     world.submit(frontend, 1, prompt_of(1, 20), tokens)
     while len(tokens_of(frontend, 1)) < heard:
         world.turn()
-    assert runner_of(world).flights and sequence_of(world, 1).known == sequence_of(world, 1).committed + 1
+    assert runner_of(world).flights and world.sequence(1).known == world.sequence(1).committed + 1
     return frontend
 
 
@@ -182,10 +176,10 @@ def test_cancel_keeps_what_is_committed(root: Path) -> None:
 def test_stop_at_cannot_name_a_token_that_is_under_way(root: Path) -> None:
     world = ahead(root)
     frontend = start(world)
-    length = sequence_of(world, 1).length
+    length = world.sequence(1).length
     world.send(frontend, stop_at=ex.StopAt(tenant="default", request_id="r1", index=0, length=length + 1))
     world.turn()
-    assert sequence_of(world, 1).phase is Phase.RUNNING
+    assert world.sequence(1).phase is Phase.RUNNING
     world.send(frontend, stop_at=ex.StopAt(tenant="default", request_id="r1", index=0, length=length))
     world.run()
     assert frontend.stream(1).ended[0].length == length
@@ -195,7 +189,7 @@ def test_stop_at_cannot_name_a_token_that_is_under_way(root: Path) -> None:
 def test_a_row_that_is_lost_goes_on_from_what_is_committed(root: Path) -> None:
     world = ahead(root)
     frontend = start(world, tokens=60)
-    sequence = sequence_of(world, 1)
+    sequence = world.sequence(1)
     world.requests.call(world.page_calls.preempt(sequence))
     assert (sequence.computed, sequence.known) == (0, sequence.committed) and runner_of(world).flights
     committed = sequence.committed
@@ -220,7 +214,7 @@ def test_what_takes_pages_waits_for_the_step_and_what_comes_before_it_does_not(r
     steps = world.runner.steps
     growth = kv.Call(ensure_rows=kv.EnsureRowsRequest())
     world.requests.call(growth)
-    world.requests.call(world.page_calls.preempt(sequence_of(world, 1)))
+    world.requests.call(world.page_calls.preempt(world.sequence(1)))
     world.requests.call(growth)
     world.turn()
     names = ["ensure_rows", "close", "ensure_rows"]
@@ -244,7 +238,7 @@ def test_the_last_step_is_committed_before_the_engine_stops(root: Path) -> None:
     world.inbox.put(Stop())
     world.engine.run()
     assert not runner_of(world).flights
-    assert tokens_of(frontend, 1) == expected(prompt_of(1, 20), sequence_of(world, 1).length)
+    assert tokens_of(frontend, 1) == expected(prompt_of(1, 20), world.sequence(1).length)
 
 
 def test_a_step_under_way_has_a_deadline_in_every_turn_that_waits_for_it(root: Path) -> None:
@@ -274,14 +268,14 @@ def test_a_step_under_way_has_a_deadline_in_every_turn_that_waits_for_it(root: P
 def test_killed_between_submit_and_collect(root: Path, finishes: bool) -> None:
     world = ahead(root)
     start(world, tokens=60)
-    committed = sequence_of(world, 1).committed
+    committed = world.sequence(1).committed
     if finishes:
         runner_of(world).finish()
     world.start_executor()
     frontend = world.connect()
     world.send(frontend, attach=ex.Attach(stream_id=1, tenant="default", request_id="r1"))
     world.turn()
-    assert sequence_of(world, 1).committed == committed
+    assert world.sequence(1).committed == committed
     world.run()
     assert tokens_of(frontend, 1) == expected(prompt_of(1, 20), 60)
     assert world.engine.prefill_tokens == 0
@@ -305,7 +299,7 @@ def test_a_pool_that_is_lost_is_computed_again(root: Path) -> None:
     """The manager's death takes the memory along: the step under way is finished first, then nothing is left."""
     world = ahead(root)
     frontend = start(world, tokens=60)
-    committed = sequence_of(world, 1).committed
+    committed = world.sequence(1).committed
     core = world.manager.core
     assert core is not None
     renew(core.tables)
@@ -314,7 +308,7 @@ def test_a_pool_that_is_lost_is_computed_again(root: Path) -> None:
 
     def lose() -> None:
         assert not runner_of(world).flights
-        let_go.append(sequence_of(world, 1).log.computed)
+        let_go.append(world.sequence(1).log.computed)
         world.runner.slots.clear()
 
     opened: list[bool] = []
@@ -322,7 +316,7 @@ def test_a_pool_that_is_lost_is_computed_again(root: Path) -> None:
     world.inbox.put(Attached(kv.AttachResponse(), lambda: opened.append(True)))
     world.turn()
     assert let_go == [0] and opened == [True]
-    assert sequence_of(world, 1).phase is Phase.WAITING and sequence_of(world, 1).committed == committed + 1
+    assert world.sequence(1).phase is Phase.WAITING and world.sequence(1).committed == committed + 1
     world.run()
     assert tokens_of(frontend, 1) == expected(prompt_of(1, 20), 60)
     assert frontend.stream(1).recomputed == 1

@@ -269,6 +269,34 @@ def test_detached_output_parks_and_goes_on(root: Path) -> None:
     assert other.stream(2).tokens[0] == expected(prompt_of(1, 20), 200)
 
 
+def test_an_adopted_output_does_not_rest_before_its_frontend_is_back(root: Path) -> None:
+    """How far it was read is not known to a new executor: the first step must not be without it."""
+    world = World(root, park_after=32)
+    frontend = world.connect()
+    world.submit(frontend, 1, prompt_of(1, 20), 200)
+    while len(frontend.stream(1).tokens.get(0, [])) < 100:
+        world.turn()
+    world.start_executor()
+    world.turn()
+    sequence = world.sequence(1)
+    assert sequence.length > 100 and not world.engine.scheduler.parked(sequence)
+    world.run()
+    assert 132 <= sequence.length < 164, "nobody came: it rests then"
+
+
+def test_who_comes_back_has_what_is_there_before_the_next_step(root: Path) -> None:
+    world = World(root)
+    frontend = world.connect()
+    world.submit(frontend, 1, prompt_of(1, 20), 200)
+    while len(frontend.stream(1).tokens.get(0, [])) < 10:
+        world.turn()
+    known = world.sequence(1).length
+    other = world.connect()
+    world.send(other, attach=ex.Attach(stream_id=2, tenant="default", request_id="r1"))
+    world.engine.handle(world.inbox.take(0))
+    assert other.stream(2).tokens[0] == expected(prompt_of(1, 20), 200)[:known]
+
+
 def test_detach_without_grace_cancels(root: Path) -> None:
     world = World(root)
     frontend = world.connect()

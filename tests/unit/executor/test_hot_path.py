@@ -44,11 +44,11 @@ def test_a_step_calls_few_functions_for_each_sequence(tmp_path: Path, monkeypatc
         calls[-1] += event in ("call", "c_call")
 
     for _ in range(50):
-        for event in world.inbox.take(0):
-            world.engine._handle(event)
+        events = world.inbox.take(0)
         calls.append(0)
         sys.setprofile(count)
         try:
+            world.engine.handle(events)
             world.engine.step()
         finally:
             sys.setprofile(None)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from kvmanager.layout import request_key
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from services.executor import admission
@@ -22,12 +21,6 @@ PAGE_SIZE = 16
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "state"
-
-
-def sequence_of(world: World, number: int) -> Sequence:
-    sequence = world.requests.sequence(request_key("default", f"r{number}"), 0)
-    assert sequence is not None
-    return sequence
 
 
 def tokens_of(frontend: Frontend, number: int) -> list[int]:
@@ -69,11 +62,11 @@ def test_those_behind_a_large_one_go_on_when_it_is_cancelled(root: Path) -> None
     world.submit(frontend, 3, prompt_of(3, 20), 20)
     for _ in range(3):
         world.turn()
-    assert sequence_of(world, 3).phase is Phase.WAITING
+    assert world.sequence(3).phase is Phase.WAITING
     world.send(frontend, cancel=ex.Cancel(tenant="default", request_id="r2"))
     for _ in range(5):
         world.turn()
-    assert sequence_of(world, 3).phase is Phase.RUNNING and not frontend.stream(1).ended
+    assert world.sequence(3).phase is Phase.RUNNING and not frontend.stream(1).ended
 
 
 def test_pages_that_nobody_here_holds_are_waited_for_without_haste(root: Path) -> None:
@@ -116,7 +109,7 @@ def test_a_parked_output_gives_way_to_one_that_is_read(root: Path) -> None:
     world.send(leaving, detach=ex.Detach(stream_id=1, grace_ms=600_000))
     for _ in range(50):
         world.turn()
-    assert world.engine.scheduler.parked(sequence_of(world, 1)) and sequence_of(world, 1).row >= 0
+    assert world.engine.scheduler.parked(world.sequence(1)) and world.sequence(1).row >= 0
     world.submit(frontend, 2, prompt_of(2, 200), 30)
     world.run()
     assert tokens_of(frontend, 2) == expected(prompt_of(2, 200), 30)
@@ -139,7 +132,7 @@ def test_a_starving_output_takes_the_pages_of_a_parked_one_first(root: Path) -> 
     while not world.page_calls.preemptions:
         world.turn()
     # The last in order would have been 3.
-    assert sequence_of(world, 2).preempted and not sequence_of(world, 3).preempted
+    assert world.sequence(2).preempted and not world.sequence(3).preempted
     world.run()
     assert tokens_of(frontend, 1) == expected(prompt_of(1, 60), 230)
 
@@ -152,7 +145,7 @@ def test_a_parked_output_asks_for_no_pages(root: Path) -> None:
         world.turn()
     world.disconnect(frontend)
     world.run()
-    sequence = sequence_of(world, 1)
+    sequence = world.sequence(1)
     assert world.engine.scheduler.parked(sequence) and not sequence.asking
     sequence.capacity = sequence.known  # as if there had been no headroom
     world.away = True
@@ -168,7 +161,7 @@ def test_a_row_that_is_gone_is_replaced_by_another(root: Path) -> None:
     world.submit(frontend, 1, prompt_of(1, 40), 100)
     while len(tokens_of(frontend, 1)) < 10:
         world.turn()
-    sequence = sequence_of(world, 1)
+    sequence = world.sequence(1)
     core = world.manager.core
     assert core is not None
     while not sequence.asking:  # an ensure is answered within its turn here: catch one on its way
@@ -219,7 +212,7 @@ def test_steps_go_on_while_the_manager_is_away_and_rows_have_room(root: Path) ->
     # Each row is asked for once, however long it takes.
     assert {call.WhichOneof("call") for call in world.unanswered} == {"ensure_rows"}
     asked = [row for call in world.unanswered for row in call.ensure_rows.rows]
-    assert sorted(asked) == sorted(sequence_of(world, number).row for number in (1, 2))
+    assert sorted(asked) == sorted(world.sequence(number).row for number in (1, 2))
     world.answer()
     world.run()
     for number in (1, 2):
@@ -339,7 +332,7 @@ def test_an_answer_about_a_row_that_was_given_up_meanwhile_is_dropped(root: Path
     world.submit(frontend, 1, prompt_of(1, 20), 200)
     while not tokens_of(frontend, 1):
         world.turn()
-    sequence = sequence_of(world, 1)
+    sequence = world.sequence(1)
     world.away = True
     while not sequence.asking:
         world.turn()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from kvmanager.layout import request_key
 from services.executor.preemption import choose_victim
 from services.executor.sequence import Phase, Sequence
 from tests.unit.executor.checking_runner import expected
@@ -104,12 +103,6 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-def sequence_of(world: World, number: int) -> Sequence:
-    sequence = world.requests.sequence(request_key("default", f"r{number}"), 0)
-    assert sequence is not None
-    return sequence
-
-
 def tokens_of(frontend: Frontend, number: int) -> list[int]:
     return frontend.stream(number).tokens.get(0, [])
 
@@ -125,7 +118,7 @@ def test_a_higher_priority_takes_pages_of_the_lowest_when_the_pool_is_full(root:
     while not tokens_of(frontend, 4):
         world.turn()
     assert not any(frontend.stream(number).ended for number in (1, 2, 3))
-    assert sequence_of(world, 2).preempted and not sequence_of(world, 1).preempted
+    assert world.sequence(2).preempted and not world.sequence(1).preempted
     world.run(turns=5000)
     for number in (1, 2, 3, 4):
         assert tokens_of(frontend, number) == expected(prompt_of(number, 90), 100)
@@ -138,7 +131,7 @@ def test_headroom_goes_before_a_row_does(root: Path) -> None:
         world.submit(frontend, number, prompt_of(number, 140), 60)
     while not tokens_of(frontend, 2):
         world.turn()
-    assert all(sequence_of(world, number).capacity >= 176 for number in (1, 2))
+    assert all(world.sequence(number).capacity >= 176 for number in (1, 2))
     # Two pages are left, two of each row are not written: four are enough with one to be kept for each.
     world.submit(frontend, 3, prompt_of(3, 30), 2, priority=1)
     while not tokens_of(frontend, 3):
@@ -171,8 +164,8 @@ def test_a_higher_priority_takes_a_lane_when_all_are_taken(root: Path) -> None:
     for _ in range(20):
         world.turn()
     # Two of the lower priority gave way; the third has nobody below it.
-    assert [sequence_of(world, number).phase for number in (2, 4)] == [Phase.WAITING] * 2
-    assert [sequence_of(world, number).phase for number in (5, 6, 7)] == [Phase.RUNNING] * 2 + [Phase.WAITING]
+    assert [world.sequence(number).phase for number in (2, 4)] == [Phase.WAITING] * 2
+    assert [world.sequence(number).phase for number in (5, 6, 7)] == [Phase.RUNNING] * 2 + [Phase.WAITING]
     assert len(world.engine.scheduler.running) == 4 and world.page_calls.preemptions == 2
     world.run(turns=5000)
     for number in range(1, 8):
@@ -189,7 +182,7 @@ def test_who_lost_its_row_is_not_overtaken_by_newcomers(root: Path) -> None:
         world.turn()
     for number in range(3, 9):
         world.submit(frontend, number, prompt_of(number, 20), 5)
-    while sequence_of(world, 2).phase is Phase.WAITING:
+    while world.sequence(2).phase is Phase.WAITING:
         world.turn()
         assert not any(tokens_of(frontend, number) for number in range(3, 9))
     world.run(turns=5000)

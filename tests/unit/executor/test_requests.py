@@ -10,7 +10,6 @@ import pytest
 from kvmanager.layout import Reason, RequestLog, request_key
 from pagehold.executor.v1 import executor_pb2 as ex
 from services.executor.requests import LOST_FRONTEND_GRACE
-from services.executor.sequence import Sequence
 from tests.unit.executor.checking_runner import expected
 from tests.unit.executor.test_engine import prompt_of
 from tests.unit.executor.world import Clock, Frontend, World
@@ -23,12 +22,6 @@ def world(tmp_path: Path) -> World:
 
 def named(name: str = "r1") -> dict[str, str]:
     return {"tenant": "default", "request_id": name}
-
-
-def sequence_of(world: World, name: str = "r1") -> Sequence:
-    sequence = world.requests.sequence(request_key("default", name), 0)
-    assert sequence is not None
-    return sequence
 
 
 def opening(world: World, tokens: int = 30) -> Frontend:
@@ -192,7 +185,7 @@ def test_a_request_that_ends_while_it_asks_for_pages_is_dropped(world: World, st
     for _ in range(20 if started else 2):
         world.turn()
     world.away = True
-    while not sequence_of(world).asking:
+    while not world.sequence().asking:
         world.turn()
     world.send(frontend, cancel=ex.Cancel(**named()))
     world.turn()
@@ -268,7 +261,7 @@ def test_progress_that_no_row_stands_behind_is_taken_back(world: World) -> None:
     world.submit(frontend, 1, prompt_of(1, 20), 200)
     for _ in range(30):
         world.turn()
-    sequence, core = sequence_of(world), world.manager.core
+    sequence, core = world.sequence(), world.manager.core
     assert sequence.log.computed > 20 and core is not None
     core.close(sequence.request.key, 0, sequence.row_generation)
     world.start_executor()
@@ -320,7 +313,7 @@ def test_a_deadline_outlives_executor_and_manager(timed: World, clock: Clock) ->
     timed.manager = timed._new_manager()
     timed.start_executor()
     timed.turn()
-    assert not sequence_of(timed).log.ended
+    assert not timed.sequence().log.ended
     clock.now += 1.1
     timed.run()
     assert terminal(timed)[0] is Reason.CANCELLED
@@ -341,7 +334,7 @@ def test_what_nobody_claims_after_a_restart_goes_when_its_grace_is_over(timed: W
     clock.now += 2
     timed.turn()
     assert terminal(timed)[0] is Reason.CANCELLED
-    assert not sequence_of(timed, "r2").log.ended
+    assert not timed.sequence("r2").log.ended
     clock.now += 70
     timed.turn()
     assert terminal(timed, "r2")[0] is Reason.CANCELLED

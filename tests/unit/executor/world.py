@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvmanager.layout import request_key
 from kvmanager.service import Manager
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
@@ -22,6 +23,7 @@ from services.executor.pages import Pages
 from services.executor.publisher import Connection
 from services.executor.requests import Requests
 from services.executor.scheduler import Scheduler
+from services.executor.sequence import Sequence
 from services.executor.shared import SharedPool
 from tests.unit.executor.checking_runner import CheckingRunner
 from tests.unit.executor.flying_runner import FlyingRunner
@@ -232,9 +234,15 @@ class World:
     def send(self, frontend: Frontend, **message: object) -> None:
         self.inbox.put(FromFrontend(frontend, ex.ConnectRequest(**message)))  # type: ignore[arg-type]
 
+    def sequence(self, name: str | int = 1, index: int = 0) -> Sequence:
+        """Of the request of that name, or of stream number so and so."""
+        key = request_key("default", name if isinstance(name, str) else f"r{name}")
+        sequence = self.requests.sequence(key, index)
+        assert sequence is not None
+        return sequence
+
     def turn(self) -> bool:
-        for event in self.inbox.take(0):
-            self.engine._handle(event)
+        self.engine.handle(self.inbox.take(0))
         busy = self.engine.step()
         self.manager.sweep()
         return busy

@@ -21,6 +21,15 @@ def test_whoever_gets_on_does_not_hang() -> None:
     assert not any(looks(HangWatch(), *((tenth / 10, 7 * bool(tenth % 9)) for tenth in range(60))))
 
 
+def test_a_process_that_gives_way_has_more_time() -> None:
+    """It may be without a processor for seconds, and loads nevertheless; stopped, it is found as well."""
+    watch, late = HangWatch(), HangWatch()
+    looks_low = [watch.look(tenth / 10, 7, is_low=True) for tenth in range(210)]
+    assert looks_low.index(True) in (200, 201)
+    assert not late.look(0, 7, is_low=True) and not late.look(0.1, 7, is_low=True)
+    assert any(late.look(0.2 + tenth / 10, 7) for tenth in range(12)), "as soon as it need not give way any more"
+
+
 def test_time_that_the_supervisor_did_not_see_does_not_count() -> None:
     # It is stopped for an hour, together with its children; they have a second to get on.
     assert not any(looks(HangWatch(), (0, 0), (0.1, 0), (3600, 7), (3600.1, 7), (3600.5, 7), (3600.6, 0)))

@@ -200,8 +200,7 @@ class Executor:
         try:
             while True:
                 self._inbox.arrived.clear()
-                for event in self._inbox.take(0):
-                    self.engine._handle(event)
+                self.engine.handle(self._inbox.take(0))
                 if self.engine.step():
                     await asyncio.sleep(self._network.rng.uniform(*_STEP_SECONDS))
                 elif not self._inbox.arrived.is_set():

@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -53,6 +53,7 @@ class ExecutorLink:
         self._address = address
         self._on_change = on_change
         self._options = channel.client_options(hang_seconds)
+        self._hang_seconds = hang_seconds
         self._outgoing: asyncio.Queue[ex.ConnectRequest] = asyncio.Queue()
         self._streams: dict[int, ClientStream] = {}
         self._cancels: dict[str, float] = {}  # by request id: when it was sent; infinity: not yet
@@ -162,20 +163,43 @@ class ExecutorLink:
         self._outgoing = asyncio.Queue()
         self._begin()
         writer = asyncio.create_task(self._write(call, self._outgoing))
+        reader = asyncio.create_task(self._read(call))
+        asker = asyncio.create_task(self._ask(stub))
         self.connected = True
         self._on_change()
+        try:
+            ended, _ = await asyncio.wait((reader, asker), return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            self.connected = False
+            self._lost_at = time.monotonic()
+            for task in (writer, reader, asker):
+                task.cancel()
+            call.cancel()
+            self._on_change()
+        log.warning("executor lost; streams wait for the next one", streams=len(self._streams))
+
+    async def _read(self, call: Any) -> None:
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 await self._dispatch(message)
         except grpc.aio.AioRpcError:
             pass  # the same as the end
-        finally:
-            self.connected = False
-            self._lost_at = time.monotonic()
-            writer.cancel()
-            call.cancel()
-            self._on_change()
-        log.warning("executor lost; streams wait for the next one", streams=len(self._streams))
+
+    async def _ask(self, stub: ex_grpc.ExecutorServiceStub) -> None:
+        """Until the executor leaves a question without an answer: then it is stopped, or as good as.
+
+        A question of ours, for gRPC's own pings do not find that over a Unix socket.
+        """
+        while True:
+            await asyncio.sleep(self._hang_seconds / 2)
+            try:
+                await stub.GetLoad(ex.GetLoadRequest(), timeout=self._hang_seconds / 2)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    log.warning("the executor does not answer", seconds=self._hang_seconds)
+                    return
 
     def _begin(self) -> None:
         """Tells the executor everything that it may not know."""

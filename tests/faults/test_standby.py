@@ -1,4 +1,4 @@
-"""A successor waits for proof of death: an executor that is only stopped keeps its place, however long."""
+"""An executor that is only stopped keeps its place, however long; whoever asks for readiness hears that it is away."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from pagehold.runtime.statedir import StateDir
+from services.cli.await_ready import await_ready
 from services.cli.status import collect
 from tests.faults.release import HERE
 from tests.faults.streams import Load, mixed, prefilled, undisturbed
@@ -24,6 +25,10 @@ async def until(found: Callable[[], object], what: str) -> None:
     async with asyncio.timeout(SECONDS):
         while not await asyncio.to_thread(found):
             await asyncio.sleep(0.05)
+
+
+def is_ready(address: str) -> bool:
+    return await_ready(address, seconds=0.5)
 
 
 async def test_a_standby_waits_for_the_death_of_one_that_is_stopped() -> None:
@@ -57,3 +62,18 @@ async def test_a_standby_waits_for_the_death_of_one_that_is_stopped() -> None:
         components = collect(state)["components"]
         assert components["executor"]["pid"] == standby.pid and components["kvmanager"]["epoch"] == epoch + 1
         assert prefilled(made.address) == 0
+
+
+async def test_a_frontend_is_not_ready_while_a_bare_executor_is_stopped() -> None:
+    """There is no supervisor that finds it. Afterwards the streams go on."""
+    with cluster(HERE, hang_seconds=2) as made:
+        messages = mixed(tokens=160)
+        reference = await undisturbed(made.address, messages)
+        load = Load(made.address, messages)
+        await load.reach(20)
+        executor = made.running["executor"]
+        os.kill(executor.pid, signal.SIGSTOP)
+        await until(lambda: not is_ready(made.address), "ready for ever")
+        os.kill(executor.pid, signal.SIGCONT)
+        await until(lambda: is_ready(made.address), "not ready again")
+        assert await load.answers() == reference

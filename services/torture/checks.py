@@ -13,7 +13,7 @@ from services.cli.manager import NoAnswer, ask
 from services.cli.status import collect
 from services.torture.history import Deviation, Kind
 from services.torture.load import PINS
-from services.torture.stack import STANDBY, Stack, resident
+from services.torture.stack import Stack, resident
 
 _SETTLE_SECONDS: Final = 30.0
 _MOST_FDS: Final = 24  # that a process may have more than at the first look: connections come and go
@@ -26,8 +26,10 @@ class Checks:
     def __init__(self, stack: Stack, record_ttl: float) -> None:
         self._stack = stack
         self._record_ttl = record_ttl
-        self._first: dict[int, tuple[int, int]] = {}  # by pid: bytes resident and descriptors at the first look
-        self.memory: list[tuple[float, int, int]] = []  # of the supervisor: when, bytes resident, descriptors
+        self._first: dict[
+            tuple[str, int], tuple[int, int]
+        ] = {}  # by name and pid: bytes and descriptors at the first look
+        self.memory: list[tuple[float, int, int]] = []  # of the supervisor: when, bytes, descriptors
         self.done = 0
 
     async def at_rest(self, *, forgotten: bool = False) -> list[Deviation]:
@@ -103,11 +105,12 @@ class Checks:
             nbytes, fds = resident(pid)
             if name == "supervisor":
                 self.memory.append((time.monotonic(), nbytes, fds))
-            first_bytes, first_fds = self._first.setdefault(pid, (nbytes, fds))
+            # A standby that becomes the executor has more from then on.
+            first_bytes, first_fds = self._first.setdefault((name, pid), (nbytes, fds))
             if fds > first_fds + _MOST_FDS:
                 found.append(_leak(name, f"{fds} open descriptors, {first_fds} at the first look"))
-            if name not in (STANDBY, "executor", "kvmanager") and nbytes > first_bytes + _MOST_GROWTH:
-                found.append(_leak(name, f"{nbytes >> 20} MiB resident, {first_bytes >> 20} MiB at the first look"))
+            if nbytes > first_bytes + _MOST_GROWTH:
+                found.append(_leak(name, f"{nbytes >> 20} MiB of memory, {first_bytes >> 20} MiB at the first look"))
         return found
 
     async def _unpin(self, name: str) -> None:

@@ -26,9 +26,8 @@ class Checks:
     def __init__(self, stack: Stack, record_ttl: float) -> None:
         self._stack = stack
         self._record_ttl = record_ttl
-        self._first: dict[
-            tuple[str, int], tuple[int, int]
-        ] = {}  # by name and pid: bytes and descriptors at the first look
+        # By name and pid: bytes and descriptors at the first look.
+        self._first: dict[tuple[str, int], tuple[int, int]] = {}
         self.memory: list[tuple[float, int, int]] = []  # of the supervisor: when, bytes, descriptors
         self.done = 0
 

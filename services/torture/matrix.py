@@ -63,10 +63,10 @@ def _gaps(runs: list[Run]) -> str:
     ]
     rows = []
     for name, target, fits in kinds:
-        for pool, of_pool in _by_pool(runs).items():
-            trials = [one for run in of_pool for one in run.trials if fits(run, one)]
-            rows.append((name, pool, target, str(len(trials)), *_felt(trials)))
-    head = ("killed", "page pool", "at most", "trials", "streams", "p50", "p99")
+        for (pool, commit), alike in _alike(runs).items():
+            if trials := [one for run in alike for one in run.trials if fits(run, one)]:
+                rows.append((name, pool, commit, target, str(len(trials)), *_felt(trials)))
+    head = ("killed", "page pool", "commit", "at most", "trials", "streams", "p50", "p99")
     return f"## Gaps\n\n{_GAPS}\n\n{_table(head, rows)}"
 
 
@@ -159,12 +159,15 @@ def _milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value < 1000 else f"{value / 1000:.2f} s"
 
 
-def _by_pool(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by the size of their pools: in a small one a stream may have to wait for pages, whatever died."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[f"{run.pool_bytes >> 20} MiB"].append(run)
-    return dict(sorted(groups.items(), key=lambda item: -int(item[0].split()[0])))
+def _alike(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Runs by the size of their pools, the largest first, and by commit, in order.
+
+    In a small pool a stream may have to wait for pages, whatever died; and later commits are to be quicker.
+    """
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: -run.pool_bytes):
+        groups[f"{run.pool_bytes >> 20} MiB", run.commit.removesuffix("-dirty") or run.version].append(run)
+    return dict(groups)
 
 
 def _trials(runs: Iterable[Run]) -> list[Trial]:
@@ -202,7 +205,8 @@ and tokens, text, log-probabilities, finish reasons and usage equal. Some client
 some cancel, some submit the same request twice at once. Whenever no request is open, `fsck` must be clean, and no page,
 record, file, descriptor or memory may be left over. A run ends at the first deviation."""
 _GAPS: Final = """From a client's last token before to its first token after, over all streams that the fault touched,
-when nothing else was down. Killed by `kill -9`, at failpoints and at random instructions alike."""
+when nothing else was down. Killed by `kill -9`, at failpoints and at random instructions alike. Other work on the
+machine makes them long: see the load of each run below."""
 _PLACES: Final = """*Streams* counts those under way when the fault came. *Kill* is SIGKILL, *stop* is SIGSTOP, which
 the supervisor must find out (`--hang-seconds 2`), *error* is an exception at that place, *pause* is SIGSTOP and then
 SIGCONT before anybody finds out. Gaps include trials in the middle of another recovery."""

@@ -54,7 +54,7 @@ def test_two_thousand_trials_stay_small(tmp_path: Path) -> None:
 def test_the_page_counts_what_the_file_holds() -> None:
     page = render_page([run(1), run(2)], {"executor.commit.before": "token slots, and the progress word"})
     assert "| of which kills | 4 |" in page
-    assert "| executor, standby ready | 512 MiB | p50 150 ms, p99 500 ms | 4 | 64 | 110 ms | 400 ms |" in page
+    assert "| executor, standby ready | 512 MiB | abc | p50 150 ms, p99 500 ms | 4 | 64 | 110 ms | 400 ms |" in page
     assert "| any instruction | kill | goes on | 4 | 64 | 0 | 110 ms | 400 ms |" in page
     commit = "| `executor.commit.before`: token slots, and the progress word | stop | is found, killed, goes on |"
     assert f"{commit} 0 | 0 | - | - | - |" in page

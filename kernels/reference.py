@@ -146,9 +146,11 @@ def allowed(z: F32, params: Sampling) -> Bools:
     """
     order = np.lexsort((np.arange(len(z)), -z))  # best first, equal ones by id
     order = order[np.isfinite(z[order])]
+    if not len(order):
+        return np.zeros(len(z), np.bool_)
     if params.top_k:
         order = order[: params.top_k]
-    weights = np.exp(z[order].astype(np.float64) - (float(z[order[0]]) if len(order) else 0.0))
+    weights = np.exp(z[order].astype(np.float64) - float(z[order[0]]))
     # A token stays while those before it hold less than top_p: the first always does.
     if params.top_p < 1:
         before = np.concatenate(([0.0], np.cumsum(weights)[:-1]))

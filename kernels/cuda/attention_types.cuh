@@ -122,7 +122,7 @@ struct Shape {
   static constexpr int kRows = 16 * M_TILES * WARPS_M;
   static constexpr int kSlice = kTile / WARPS_N;
   static constexpr int kLoaders = 32 * WARPS_M;
-  static constexpr bool kAlone = WARPS_M == 1;  // a warp waits for no other one
+  static constexpr bool kAlone = WARPS_M == 1;                 // a warp waits for no other one
   static constexpr int kAhead = kAlone ? STAGES : STAGES - 1;  // tiles under way before the first is needed
   static constexpr int kSteps = HEAD_DIM / 16;
   static constexpr bool kQueriesInRegisters = HEAD_DIM * M_TILES <= 128;

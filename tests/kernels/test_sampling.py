@@ -198,6 +198,17 @@ def test_mates_of_a_batch_do_not_matter(variant: Variant, threads: int) -> None:
         model.close()
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.5}, {"top_k": 1, "top_p": 0.0}, {"min_p": 0.5}, {}])
+def test_where_nothing_may_be_drawn_it_is_token_0(variant: Variant, cut: dict[str, float]) -> None:
+    """Suppressed, or of no weight."""
+    model = variant.sampler(2)
+    try:
+        params = Sampling(min_tokens=1, suppressed=[0], **cut)  # type: ignore[arg-type]
+        assert check(model, np.array([0, -np.inf], np.float32), params, [], 0) == 0
+    finally:
+        model.close()
+
+
 def test_no_logprob_unless_asked(variant: Variant) -> None:
     model = variant.sampler(10)
     try:

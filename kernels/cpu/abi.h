@@ -62,7 +62,7 @@ struct PhPool {
 
 struct PhEngine;
 
-// isa: "portable", "avx2", "avx512bf16", or null for the best. On failure returns null and sets *error.
+// isa: "portable", "avx2", "avx512bf16", "amx", or null for the best. On failure returns null and sets *error.
 PAGEHOLD_API PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* isa, const char** error);
 PAGEHOLD_API void pagehold_destroy(PhEngine* engine);
 PAGEHOLD_API void pagehold_map_pool(PhEngine* engine, const PhPool* pool);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "processor.h"
 #include "sampling.h"
 #include "threads.h"
 
@@ -41,25 +42,6 @@ class Buffer {
   void* data_ = nullptr;
   size_t size_ = 0;
 };
-
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-bool has_avx512bf16() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512bf16");
-}
-
-const IsaTable* choose(const char* isa, bool bfloat16_inputs) {
-#ifdef PAGEHOLD_EMULATE
-  if (isa != nullptr && strcmp(isa, "avx512bf16") == 0) return avx512bf16_table(bfloat16_inputs);
-#endif
-  const bool any = isa == nullptr;
-  if ((any || strcmp(isa, "avx512bf16") == 0) && has_avx512bf16()) return avx512bf16_table(bfloat16_inputs);
-  if ((any || strcmp(isa, "avx2") == 0) && has_avx2()) return avx2_table(bfloat16_inputs);
-  if (any || strcmp(isa, "portable") == 0) return portable_table(bfloat16_inputs);
-  return nullptr;
-}
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -321,11 +303,7 @@ void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, con
 
 extern "C" {
 
-const char* pagehold_isas(void) {
-  static const std::string names =
-      std::string("portable") + (has_avx2() ? " avx2" : "") + (has_avx512bf16() ? " avx512bf16" : "");
-  return names.c_str();
-}
+const char* pagehold_isas(void) { return isa_names(); }
 
 PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* isa, const char** error) {
   *error = nullptr;
@@ -334,7 +312,7 @@ PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* is
     *error = "the native library is of another version than the Python package: run `pip install .` again";
     return nullptr;
   }
-  const IsaTable* table = choose(isa, model->bfloat16_inputs != 0);
+  const IsaTable* table = choose_isa(isa, model->bfloat16_inputs != 0);
   if (table == nullptr) {
     *error = "this processor lacks the instruction set that was asked for, or there is none of that name";
     return nullptr;

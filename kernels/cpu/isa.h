@@ -78,3 +78,4 @@ static constexpr uint32_t pad32(uint32_t n) { return (n + 31) / 32 * 32; }
 const IsaTable* portable_table(bool bfloat16_inputs);
 const IsaTable* avx2_table(bool bfloat16_inputs);
 const IsaTable* avx512bf16_table(bool bfloat16_inputs);
+const IsaTable* amx_table(bool bfloat16_inputs);

@@ -100,6 +100,13 @@ inline void over_tiles(const Linear* job, uint32_t first, uint32_t last, F&& f) 
 
 enum class Then { kStore, kAdd };
 
+inline void add_bias(const Linear* job, uint32_t first, uint32_t last) {
+  if (job->bias == nullptr) return;
+  const uint32_t end = last * kPanel < job->outputs ? last * kPanel : job->outputs;
+  for (uint32_t row = 0; row < job->rows; ++row)
+    for (uint32_t n = first * kPanel; n < end; ++n) job->output[size_t{row} * job->output_stride + n] += job->bias[n];
+}
+
 template <class Input, Then then>
 void linear_panels(const Linear* job, uint32_t first, uint32_t last) {
   typedef typename Input::type T;
@@ -115,10 +122,7 @@ void linear_panels(const Linear* job, uint32_t first, uint32_t last) {
           store(out + v * W, then == Then::kAdd ? load(out + v * W) + sums.at[r][v] : sums.at[r][v]);
     }
   });
-  if (then != Then::kStore || job->bias == nullptr) return;
-  const uint32_t end = last * kPanel < job->outputs ? last * kPanel : job->outputs;
-  for (uint32_t row = 0; row < job->rows; ++row)
-    for (uint32_t n = first * kPanel; n < end; ++n) job->output[size_t{row} * job->output_stride + n] += job->bias[n];
+  if (then == Then::kStore) add_bias(job, first, last);
 }
 
 template <class Input>
@@ -134,11 +138,7 @@ void linear_gate_up(const Linear* job, uint32_t first, uint32_t last) {
       const auto u = tile<Input, R, V>(x, job->stride, job->pairs, gate + size + 2 * W * part);
       T* out = static_cast<T*>(job->product) + size_t{row} * job->output_stride + p * kPanel + part * W;
       for (int r = 0; r < R; ++r, out += job->output_stride)
-        for (int v = 0; v < V; ++v) {
-          float values[W];
-          store(values, silu(g.at[r][v]) * u.at[r][v]);
-          for (uint32_t i = 0; i < W; ++i) out[v * W + i] = Input::convert(values[i]);
-        }
+        for (int v = 0; v < V; ++v) store(out + v * W, silu(g.at[r][v]) * u.at[r][v]);
     }
   });
 }

@@ -1,6 +1,6 @@
 // One instruction set's table of the pieces of a step, written once over vectors of W floats.
 //
-// The includer defines W, TABLE, NAME and, where the machine multiplies bfloat16, BFLOAT16_DOT.
+// The includer defines W, TABLE, NAME; BFLOAT16_DOT where the machine multiplies bfloat16; TILES where it has tiles.
 
 #include <utility>
 
@@ -8,6 +8,10 @@
 #include "vectors.inl"
 //
 #include "linear.inl"
+//
+#ifdef TILES
+#include "linear_tiles.inl"
+#endif
 //
 #include "append.inl"
 //
@@ -35,7 +39,16 @@ constexpr IsaTable make_table(const char* name) {
 
 constexpr IsaTable kFloatTable = make_table<FloatInput>(NAME);
 #ifdef BFLOAT16_DOT
-constexpr IsaTable kBf16Table = make_table<Bf16Input>(NAME);
+constexpr IsaTable make_bf16_table() {
+  IsaTable table = make_table<Bf16Input>(NAME);
+#ifdef TILES
+  table.linear = linear_tiles<Then::kStore>;
+  table.linear_add = linear_tiles<Then::kAdd>;
+  table.linear_gate_up = gate_up_tiles;
+#endif
+  return table;
+}
+constexpr IsaTable kBf16Table = make_bf16_table();
 #endif
 
 }  // namespace

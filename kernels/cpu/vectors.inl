@@ -55,6 +55,14 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
+// Rounded as to_bfloat16() rounds.
+inline void store(uint16_t* p, vf v) {
+  const vu bits = reinterpret_cast<vu>(v);
+  const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  const vu half = (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded;
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(half, vh);
+}
+
 // Lanes are added in halves: one fixed tree.
 inline float sum(vf v) {
   float lanes[W];

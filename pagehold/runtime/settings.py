@@ -115,7 +115,7 @@ class ExecutorSettings(DevicePoolSettings):
     prefix_cache: bool = Field(True, description="share pages of equal prefixes")
     fork: bool = Field(True, description="outputs of one request share the pages of their prompt; off for debugging")
     threads: int | None = Field(None, ge=1, description="compute threads; default: the processors of this process")
-    cpu_isa: Literal["portable", "avx2", "avx512bf16"] | None = Field(None, description="forces an instruction set")
+    cpu_isa: Literal["portable", "avx2", "avx512bf16", "amx"] | None = Field(None, description="forces an instruction set")
     step_trace: Path | None = Field(None, description="file that gets one line of JSON a step, for benchmarks")
 
 

@@ -1,4 +1,4 @@
-"""Every instruction set of this machine, and the AVX-512 code compiled to run without the instructions."""
+"""Every instruction set of this machine, and the AVX-512 and AMX code compiled to run without the instructions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from kernels.cpu.native import available_isas
 from tests.kernels.variants import SOURCE, Variant
 
-EMULATED = "avx512bf16-emulated"
+EMULATED = ("avx512bf16", "amx")
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +23,17 @@ def emulated_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build
 
 
-@pytest.fixture(scope="session", params=[*available_isas(), EMULATED])
+def _emulated(isa: str, build: Path) -> Variant:
+    return Variant(isa, build / "libpagehold_cpu.so")
+
+
+@pytest.fixture(scope="session", params=[*available_isas(), *(f"{isa}-emulated" for isa in EMULATED)])
 def variant(request: pytest.FixtureRequest) -> Variant:
-    if request.param == EMULATED:
-        return Variant("avx512bf16", request.getfixturevalue("emulated_build") / "libpagehold_cpu.so")
-    return Variant(request.param, None)
+    isa, emulated, _ = request.param.partition("-emulated")
+    return _emulated(isa, request.getfixturevalue("emulated_build")) if emulated else Variant(isa, None)
 
 
 @pytest.fixture(scope="session")
 def variants(emulated_build: Path) -> list[Variant]:
     machine = [Variant(isa, None) for isa in available_isas()]
-    return [*machine, Variant("avx512bf16", emulated_build / "libpagehold_cpu.so")]
+    return [*machine, *(_emulated(isa, emulated_build) for isa in EMULATED)]

@@ -1,0 +1,135 @@
+// The eight tile registers of AMX as this project uses them: a block of sums, 2 x 2 tiles, of two tiles of inputs by
+// two of weights.
+//
+//              weights 6   weights 7
+//   inputs 4     sums 0      sums 1        rows 0 to 15
+//   inputs 5     sums 2      sums 3        rows 16 to 31
+//
+// A register has up to 16 rows of 64 bytes. How many rows the inputs and sums have is set by `shape_tiles`.
+
+#ifndef PAGEHOLD_EMULATE
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr uint32_t kTileRow = 64;  // bytes
+
+#ifndef PAGEHOLD_EMULATE
+
+struct alignas(64) TileShape {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];  // of a row
+  uint8_t rows[16];
+};
+
+// Clears all tiles. rows: of the block, 1 to 32.
+inline void shape_tiles(uint32_t rows) {
+  const uint8_t low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : 1;
+  TileShape shape{};
+  shape.palette = 1;
+  for (uint32_t t = 0; t < 8; ++t) shape.bytes[t] = kTileRow;
+  const uint8_t counts[8] = {low, low, high, high, low, high, 16, 16};
+  memcpy(shape.rows, counts, sizeof counts);
+  _tile_loadconfig(&shape);
+}
+
+// The registers are idle again: nothing of them is saved when the thread changes.
+inline void drop_tiles() { _tile_release(); }
+
+// The intrinsics want literal numbers. What is written before a load reaches it: the compiler does not know that a
+// load reads memory.
+#define LOAD_TILE(T)                                         \
+  inline void load_tile##T(const void* from, size_t bytes) { \
+    __asm__ __volatile__("" ::: "memory");                   \
+    _tile_loadd(T, from, bytes);                             \
+  }
+LOAD_TILE(4)
+LOAD_TILE(5)
+LOAD_TILE(6)
+LOAD_TILE(7)
+#undef LOAD_TILE
+
+#define SUM_TILE(T, A, B)                                                                   \
+  inline void clear_tile##T() { _tile_zero(T); }                                            \
+  inline void dot_bfloat16_##T() { _tile_dpbf16ps(T, A, B); }                               \
+  inline void store_tile##T(float* to, size_t stride) { _tile_stored(T, to, 4 * stride); }
+SUM_TILE(0, 4, 6)
+SUM_TILE(1, 4, 7)
+SUM_TILE(2, 5, 6)
+SUM_TILE(3, 5, 7)
+#undef SUM_TILE
+
+#else
+
+struct Tiles {
+  uint32_t rows[8];
+  uint8_t at[8][16][kTileRow];
+};
+thread_local Tiles t_tiles;
+
+inline void shape_tiles(uint32_t rows) {
+  const uint32_t low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : 1;
+  const uint32_t counts[8] = {low, low, high, high, low, high, 16, 16};
+  memset(&t_tiles, 0, sizeof t_tiles);
+  memcpy(t_tiles.rows, counts, sizeof counts);
+}
+
+inline void drop_tiles() { memset(&t_tiles, 0, sizeof t_tiles); }
+
+inline void load_tile(uint32_t t, const void* from, size_t bytes) {
+  for (uint32_t r = 0; r < t_tiles.rows[t]; ++r)
+    memcpy(t_tiles.at[t][r], static_cast<const uint8_t*>(from) + r * bytes, kTileRow);
+}
+
+inline float widen(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// As TDPBF16PS: the products of even and of odd inputs are summed apart, then both are added to the sum.
+inline void dot_bfloat16(uint32_t t, uint32_t a, uint32_t b) {
+  for (uint32_t r = 0; r < t_tiles.rows[t]; ++r) {
+    uint16_t x[32];
+    float sums[16];
+    memcpy(x, t_tiles.at[a][r], kTileRow);
+    memcpy(sums, t_tiles.at[t][r], kTileRow);
+    for (uint32_t n = 0; n < 16; ++n) {
+      float even = 0, odd = 0;
+      for (uint32_t k = 0; k < 16; ++k) {
+        uint16_t w[2];
+        memcpy(w, t_tiles.at[b][k] + 4 * n, 4);
+        even += widen(x[2 * k]) * widen(w[0]);
+        odd += widen(x[2 * k + 1]) * widen(w[1]);
+      }
+      sums[n] += even + odd;
+    }
+    memcpy(t_tiles.at[t][r], sums, kTileRow);
+  }
+}
+
+#define LOAD_TILE(T) \
+  inline void load_tile##T(const void* from, size_t bytes) { load_tile(T, from, bytes); }
+LOAD_TILE(4)
+LOAD_TILE(5)
+LOAD_TILE(6)
+LOAD_TILE(7)
+#undef LOAD_TILE
+
+#define SUM_TILE(T, A, B)                                                                          \
+  inline void clear_tile##T() { memset(t_tiles.at[T], 0, sizeof t_tiles.at[T]); }                  \
+  inline void dot_bfloat16_##T() { dot_bfloat16(T, A, B); }                                        \
+  inline void store_tile##T(float* to, size_t stride) {                                            \
+    for (uint32_t r = 0; r < t_tiles.rows[T]; ++r) memcpy(to + r * stride, t_tiles.at[T][r], kTileRow); \
+  }
+SUM_TILE(0, 4, 6)
+SUM_TILE(1, 4, 7)
+SUM_TILE(2, 5, 6)
+SUM_TILE(3, 5, 7)
+#undef SUM_TILE
+
+#endif
+
+}  // namespace

@@ -2,23 +2,30 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 2u
+#define PAGEHOLD_ABI_VERSION 3u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
 extern "C" {
 
-// Linear weights are bfloat16 in panels [N/32][K/2][32][2]; see packing.py.
+// How the weights of a linear lie in memory: see packing.py. Whatever it is, they are multiplied as bfloat16.
+enum PhEncoding : uint32_t { kPhBfloat16 = 0, kPhInt8 = 1, kPhInt4 = 2 };
+
+struct PhMatrix {
+  const void* panels;
+  uint32_t encoding, unused;
+};
+
 struct PhLayer {
-  const float* attention_norm;       // [hidden]
-  const uint16_t* qkv;               // panels, rows q | k | v
-  const float* qkv_bias;             // [(heads + 2 kv_heads) head_dim] or null
-  const float* q_norm;               // [head_dim] or null
-  const float* k_norm;               // [head_dim] or null
-  const uint16_t* attention_output;  // panels
-  const float* mlp_norm;             // [hidden]
-  const uint16_t* gate_up;           // panels, gate and up alternating
-  const uint16_t* down;              // panels
+  const float* attention_norm;  // [hidden]
+  PhMatrix qkv;                 // rows q | k | v
+  const float* qkv_bias;        // [(heads + 2 kv_heads) head_dim] or null
+  const float* q_norm;          // [head_dim] or null
+  const float* k_norm;          // [head_dim] or null
+  PhMatrix attention_output;
+  const float* mlp_norm;  // [hidden]
+  PhMatrix gate_up;       // panels of gate and up alternate
+  PhMatrix down;
 };
 
 struct PhModel {
@@ -31,7 +38,7 @@ struct PhModel {
   const float* rope_cos;     // [max_positions, head_dim / 2]
   const float* rope_sin;
   const uint16_t* embedding;  // row-major [vocab, hidden]; null: the rows of output_head
-  const uint16_t* output_head;
+  PhMatrix output_head;
   const float* final_norm;
   const PhLayer* layer;  // [layers]
 };

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "matrix.h"
 #include "processor.h"
 #include "sampling.h"
 #include "threads.h"
@@ -45,13 +46,6 @@ class Buffer {
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
-float bf16_to_float(uint16_t half) {
-  const uint32_t bits = uint32_t{half} << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-
 struct QueryBlock {
   uint32_t chunk, kv_head, first, last;
 };
@@ -64,7 +58,7 @@ struct PhEngine {
   PhPool pool{};
   const IsaTable* isa;
   ThreadPool threads;
-  Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, head_out;
+  Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
   std::vector<QueryBlock> blocks;
   std::vector<uint32_t> sampled;  // chunks that sample
@@ -87,6 +81,13 @@ struct PhEngine {
         pieces, [](void* j, uint32_t piece, uint32_t thread) { (*static_cast<decltype(job)>(j))(piece, thread); }, job);
   }
 
+  // Scratch of expanded_size() for the widest linear of the model.
+  uint16_t* expanded_of(uint32_t thread) {
+    const uint32_t widest = std::max({model.hidden, model.heads * model.head_dim, model.intermediate});
+    const size_t size = expanded_size(ceil_div(widest, 2));
+    return expanded.get<uint16_t>(size * threads.size()) + size * thread;
+  }
+
   // Panels in pieces: about four for each thread, and never less than what one claim is worth.
   template <class F>
   void over_panels(uint32_t panels, uint32_t rows, F&& f) {
@@ -95,9 +96,11 @@ struct PhEngine {
     uint32_t size = ceil_div(panels, wanted);
     if (size < least) size = least;
     if (panels > 1000) size = 16;  // the output head: many even pieces
-    parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t) {
+    uint16_t* memory = expanded_of(0);
+    const size_t each = threads.size() > 1 ? expanded_of(1) - memory : 0;
+    parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t thread) {
       const uint32_t first = piece * size;
-      f(first, first + size < panels ? first + size : panels);
+      f(first, first + size < panels ? first + size : panels, memory + each * thread);
     });
   }
 
@@ -111,18 +114,16 @@ struct PhEngine {
 };
 
 void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride) {
-  const uint32_t hidden = model.hidden, pairs = ceil_div(hidden, 2);
+  const uint32_t hidden = model.hidden;
   for (uint32_t c = 0; c < count; ++c) {
     for (uint32_t i = 0; i < chunks[c].count; ++i) {
       const uint32_t token = chunks[c].tokens[chunks[c].start + i];
       float* out = x + size_t{row_of[c] + i} * stride;
-      for (uint32_t k = 0; k < hidden; ++k) {
-        const uint16_t half =
-            model.embedding != nullptr
-                ? model.embedding[size_t{token} * hidden + k]
-                : model.output_head[(size_t{token / 32} * pairs + k / 2) * 64 + token % 32 * 2 + k % 2];
-        out[k] = bf16_to_float(half);
+      if (model.embedding == nullptr) {
+        read_row(model.output_head, hidden, token, out);
+        continue;
       }
+      for (uint32_t k = 0; k < hidden; ++k) out[k] = bfloat16_to_float(model.embedding[size_t{token} * hidden + k]);
     }
   }
 }
@@ -183,7 +184,8 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
   const Linear qkv_job{
       normed.get<uint8_t>(0), rows,       stride,     ceil_div(model.hidden, 2), w.qkv, qkv.get<float>(0), nullptr,
       pad32(qkv_outputs),     w.qkv_bias, qkv_outputs};
-  over_panels(ceil_div(qkv_outputs, 32), rows, [&](uint32_t a, uint32_t b) { isa->linear(&qkv_job, a, b); });
+  over_panels(ceil_div(qkv_outputs, 32), rows,
+              [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear(&qkv_job, a, b, to); });
 
   attention(index, chunks, count);
 
@@ -197,7 +199,7 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
                        stride,
                        nullptr,
                        model.hidden};
-  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_add(&out_job, a, b); });
+  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear_add(&out_job, a, b, to); });
 
   norm_rows(x, w.mlp_norm, rows, stride);
   const uint32_t inner = pad32(model.intermediate);
@@ -211,7 +213,8 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
                         inner,
                         nullptr,
                         0};
-  over_panels(inner / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_gate_up(&gate_job, a, b); });
+  over_panels(inner / 32, rows,
+              [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear_gate_up(&gate_job, a, b, to); });
 
   const Linear down_job{product.get<uint8_t>(0),
                         rows,
@@ -223,7 +226,7 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
                         stride,
                         nullptr,
                         model.hidden};
-  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b) { isa->linear_add(&down_job, a, b); });
+  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear_add(&down_job, a, b, to); });
 }
 
 uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
@@ -270,7 +273,8 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
   float* out = logits.get<float>(size_t{wanted} * vocab_stride);
   const Linear head_job{inputs,       wanted,  stride,     ceil_div(model.hidden, 2), model.output_head, out, nullptr,
                         vocab_stride, nullptr, model.vocab};
-  over_panels(ceil_div(model.vocab, 32), wanted, [&](uint32_t a, uint32_t b) { isa->linear(&head_job, a, b); });
+  over_panels(ceil_div(model.vocab, 32), wanted,
+              [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear(&head_job, a, b, to); });
   if (all_logits != nullptr) {
     for (uint32_t i = 0; i < wanted; ++i)
       memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);
@@ -296,7 +300,7 @@ void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, con
     for (uint32_t i = 0; i < outputs; ++i) {
       const size_t at = size_t{r} * pad32(outputs) + i;
       to[size_t{r} * outputs + i] =
-          isa->input_size == 2 ? bf16_to_float(attended.get<uint16_t>(0)[at]) : attended.get<float>(0)[at];
+          isa->input_size == 2 ? bfloat16_to_float(attended.get<uint16_t>(0)[at]) : attended.get<float>(0)[at];
     }
   }
 }

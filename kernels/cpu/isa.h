@@ -4,16 +4,18 @@
 // linkage but the table: an inline function that the linker folded would run the widest
 // instructions on a machine that lacks them.
 #pragma once
+#include <stddef.h>
+
 #include "abi.h"
 
 // Row-major activations; `stride` in elements of the type that `input_size` gives.
 struct Linear {
   const void* input;  // [rows, stride]: float, or bfloat16 where the table says so
   uint32_t rows, stride;
-  uint32_t pairs;           // ceil(K / 2)
-  const uint16_t* weights;  // panels [N/32][K/2][32][2]
-  float* output;            // [rows, output_stride]
-  void* product;            // gate_up only: [rows, output_stride], of the input type
+  uint32_t pairs;  // ceil(K / 2)
+  PhMatrix weights;
+  float* output;  // [rows, output_stride]
+  void* product;  // gate_up only: [rows, output_stride], of the input type
   uint32_t output_stride;
   const float* bias;  // [N] or null
   uint32_t outputs;   // N without padding, for the bias
@@ -40,12 +42,12 @@ struct Noise {
 struct IsaTable {
   const char* name;
   uint32_t input_size;  // bytes of an element of a linear's input: 4, or 2 for bfloat16
-  // y = W x (+ bias) for panels [first, last).
-  void (*linear)(const Linear* job, uint32_t first, uint32_t last);
+  // y = W x (+ bias) for panels [first, last). expanded: scratch of expanded_size() elements.
+  void (*linear)(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded);
   // output += W x.
-  void (*linear_add)(const Linear* job, uint32_t first, uint32_t last);
+  void (*linear_add)(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded);
   // product = silu(gate) * up for pairs of panels [first, last).
-  void (*linear_gate_up)(const Linear* job, uint32_t first, uint32_t last);
+  void (*linear_gate_up)(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded);
   // RMSNorm of one row into the input type, zero-padded to `padded`.
   void (*norm)(const float* x, const float* weight, uint32_t n, uint32_t padded, float eps, void* out);
   // Query/key norm and rotary of one position's qkv row in place, for one kv head and its queries, then
@@ -71,6 +73,19 @@ constexpr uint32_t kNoiseBlock = 64;  // tokens whose noise is made at once
 // Philox4x32 (Salmon et al., SC 2011).
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
+
+constexpr uint32_t kPanel = 32;  // outputs of a panel
+constexpr uint32_t kBlock = 32;  // inputs that share a scale
+
+// Bytes of one panel.
+static constexpr size_t panel_size(uint32_t encoding, uint32_t pairs) {
+  const size_t blocks = (size_t{pairs} * 2 + kBlock - 1) / kBlock;
+  return encoding == kPhInt4   ? blocks * kPanel * (4 + kBlock / 2)
+         : encoding == kPhInt8 ? blocks * kPanel * (2 + kBlock)
+                               : size_t{pairs} * 4 * kPanel;
+}
+// Two panels, gate and up, as bfloat16, in whole blocks.
+static constexpr size_t expanded_size(uint32_t pairs) { return 2 * (size_t{pairs} + kBlock / 2) * 2 * kPanel; }
 
 static constexpr uint32_t pad16(uint32_t n) { return (n + 15) / 16 * 16; }
 static constexpr uint32_t pad32(uint32_t n) { return (n + 31) / 32 * 32; }

@@ -1,4 +1,4 @@
-// Linear layers over packed bfloat16 weights.
+// Linear layers over packed weights, multiplied as bfloat16.
 //
 // An output adds its products one after the other in K order, in a single accumulator, whatever the
 // number of rows: how rows and outputs are grouped below changes what is loaded, never what is added.
@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr uint32_t kPanel = 32;
 constexpr uint32_t kPanelVectors = kPanel / W;
 
 // Rows of one register tile. 16 registers hold 12 accumulators, 2 vectors of weights and one input; AVX-512 has 32.
@@ -108,12 +107,13 @@ inline void add_bias(const Linear* job, uint32_t first, uint32_t last) {
 }
 
 template <class Input, Then then>
-void linear_panels(const Linear* job, uint32_t first, uint32_t last) {
+void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
   typedef typename Input::type T;
+  Panels panels(job, 1, expanded);
   over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
     constexpr int R = decltype(count)::value, V = tile_vectors(R);
     const T* x = static_cast<const T*>(job->input) + size_t{row} * job->stride;
-    const uint16_t* w = job->weights + size_t{p} * job->pairs * 2 * kPanel;
+    const uint16_t* w = panels.at(p);
     for (uint32_t part = 0; part < kPanelVectors; part += V) {
       const auto sums = tile<Input, R, V>(x, job->stride, job->pairs, w + 2 * W * part);
       float* out = job->output + size_t{row} * job->output_stride + p * kPanel + part * W;
@@ -126,16 +126,16 @@ void linear_panels(const Linear* job, uint32_t first, uint32_t last) {
 }
 
 template <class Input>
-void linear_gate_up(const Linear* job, uint32_t first, uint32_t last) {
+void linear_gate_up(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
   typedef typename Input::type T;
-  const size_t size = size_t{job->pairs} * 2 * kPanel;
+  Panels panels(job, 2, expanded);
   over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
     constexpr int R = decltype(count)::value, V = tile_vectors(R);
     const T* x = static_cast<const T*>(job->input) + size_t{row} * job->stride;
-    const uint16_t* gate = job->weights + 2 * p * size;
+    const uint16_t* gate = panels.at(p);
     for (uint32_t part = 0; part < kPanelVectors; part += V) {
       const auto g = tile<Input, R, V>(x, job->stride, job->pairs, gate + 2 * W * part);
-      const auto u = tile<Input, R, V>(x, job->stride, job->pairs, gate + size + 2 * W * part);
+      const auto u = tile<Input, R, V>(x, job->stride, job->pairs, gate + panels.stride() + 2 * W * part);
       T* out = static_cast<T*>(job->product) + size_t{row} * job->output_stride + p * kPanel + part * W;
       for (int r = 0; r < R; ++r, out += job->output_stride)
         for (int v = 0; v < V; ++v) store(out + v * W, silu(g.at[r][v]) * u.at[r][v]);

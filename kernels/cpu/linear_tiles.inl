@@ -6,7 +6,8 @@
 namespace {
 
 constexpr uint32_t kBlockRows = 32;
-constexpr uint32_t kTilePairs = 16;    // pairs of inputs that one instruction takes
+constexpr uint32_t kCachedRows = 16 * kBlockRows;
+constexpr uint32_t kTilePairs = 16;     // pairs of inputs that one instruction takes
 constexpr uint32_t kFetchAhead = 8192;  // bytes of weights, which come from memory one after the other
 
 // Sums of a block of rows by one panel, left in the registers. `Both`: it has more than 16 rows.
@@ -60,25 +61,32 @@ inline void store_block(float* to, uint32_t stride, uint32_t rows) {
   store_tile3(to + size_t{16} * stride + 16, stride);
 }
 
-// f(first row, rows, panel) over all rows and panels [first, last): a block of rows over all of them, then the next.
+// f(first row, rows, panel) over all rows and panels [first, last): all blocks of rows over one panel, then the next
+// panel, and so many rows before that as stay in the cache.
 template <class F>
 inline void over_blocks(const Linear* job, uint32_t first, uint32_t last, F&& f) {
-  for (uint32_t row = 0, shaped = 0; row < job->rows; row += kBlockRows) {
-    const uint32_t rows = job->rows - row < kBlockRows ? job->rows - row : kBlockRows;
-    if (rows != shaped) shape_tiles(rows);
-    shaped = rows;
-    for (uint32_t p = first; p < last; ++p) f(row, rows, p);
+  uint32_t shaped = 0;
+  for (uint32_t start = 0; start < job->rows; start += kCachedRows) {
+    const uint32_t end = job->rows - start < kCachedRows ? job->rows : start + kCachedRows;
+    for (uint32_t p = first; p < last; ++p) {
+      for (uint32_t row = start; row < end; row += kBlockRows) {
+        const uint32_t rows = end - row < kBlockRows ? end - row : kBlockRows;
+        if (rows != shaped) shape_tiles(rows);
+        shaped = rows;
+        f(row, rows, p);
+      }
+    }
   }
   drop_tiles();
 }
 
 template <Then then>
-void linear_tiles(const Linear* job, uint32_t first, uint32_t last) {
-  const size_t panel = size_t{job->pairs} * 2 * kPanel;
+void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+  Panels panels(job, 1, expanded);
   over_blocks(job, first, last, [&](uint32_t row, uint32_t rows, uint32_t p) {
     const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
     float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
-    sum_block(x, job->stride, job->pairs, job->weights + p * panel, rows);
+    sum_block(x, job->stride, job->pairs, panels.at(p), rows);
     if (then == Then::kStore) {
       store_block(out, job->output_stride, rows);
       return;
@@ -91,16 +99,16 @@ void linear_tiles(const Linear* job, uint32_t first, uint32_t last) {
   if (then == Then::kStore) add_bias(job, first, last);
 }
 
-void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last) {
-  const size_t panel = size_t{job->pairs} * 2 * kPanel;
+void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+  Panels panels(job, 2, expanded);
   over_blocks(job, first, last, [&](uint32_t row, uint32_t rows, uint32_t p) {
     const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
-    const uint16_t* gate = job->weights + 2 * p * panel;
+    const uint16_t* gate = panels.at(p);
     uint16_t* out = static_cast<uint16_t*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
     alignas(64) float gates[kBlockRows * kPanel], ups[kBlockRows * kPanel];
     sum_block(x, job->stride, job->pairs, gate, rows);
     store_block(gates, kPanel, rows);
-    sum_block(x, job->stride, job->pairs, gate + panel, rows);
+    sum_block(x, job->stride, job->pairs, gate + panels.stride(), rows);
     store_block(ups, kPanel, rows);
     for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
       for (uint32_t n = 0; n < kPanel; n += W)

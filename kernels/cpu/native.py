@@ -12,28 +12,35 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 
 
 class NativeError(Exception):
     """The library is missing, does not fit, or ran out of memory; the message says what to do."""
 
 
+# By the element type in which a packed matrix is viewed: bfloat16 panels, or blocks of int8 or int4.
+_ENCODINGS: Final = {np.dtype(np.uint16): 0, np.dtype(np.int8): 1, np.dtype(np.uint8): 2}
+
+
+class _Matrix(Structure):
+    _fields_ = [("panels", c_void_p), ("encoding", c_uint32), ("unused", c_uint32)]
+
+
 class _Layer(Structure):
     _fields_ = [
-        (name, c_void_p)
-        for name in (
-            "attention_norm",
-            "qkv",
-            "qkv_bias",
-            "q_norm",
-            "k_norm",
-            "attention_output",
-            "mlp_norm",
-            "gate_up",
-            "down",
-        )
+        ("attention_norm", c_void_p),
+        ("qkv", _Matrix),
+        *((name, c_void_p) for name in ("qkv_bias", "q_norm", "k_norm")),
+        ("attention_output", _Matrix),
+        ("mlp_norm", c_void_p),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
     ]
+
+
+def _matrix(tensor: npt.NDArray[np.generic]) -> _Matrix:
+    return _Matrix(panels=tensor.ctypes.data, encoding=_ENCODINGS[tensor.dtype])
 
 
 class _Model(Structure):
@@ -43,7 +50,9 @@ class _Model(Structure):
         *((name, c_uint32) for name in ("intermediate", "vocab", "max_positions", "sliding_window")),
         *((name, c_float) for name in ("rms_norm_eps", "logit_softcap")),
         *((name, c_uint32) for name in ("kv_bfloat16", "bfloat16_inputs")),
-        *((name, c_void_p) for name in ("rope_cos", "rope_sin", "embedding", "output_head", "final_norm", "layer")),
+        *((name, c_void_p) for name in ("rope_cos", "rope_sin", "embedding")),
+        ("output_head", _Matrix),
+        *((name, c_void_p) for name in ("final_norm", "layer")),
     ]
 
 
@@ -194,15 +203,18 @@ class NativeModel:
         isa: str | None = None,
         library_path: Path | None = None,
     ) -> None:
-        """tensors: by the names of a packed model, in place. Raises NativeError."""
+        """tensors: by the names of a packed model, in place: bfloat16 panels as uint16, int8 blocks as int8, int4
+        blocks as uint8. Raises NativeError.
+        """
         self._library = library(library_path)
         angles = np.arange(shape.max_positions, dtype=np.float32)[:, None] * inverse_frequencies
         cosine, sine = np.cos(angles), np.sin(angles)
         layers = (_Layer * shape.layers)()
         for number, layer in enumerate(layers):
-            for field in _Layer._fields_:
-                tensor = tensors.get(f"layers.{number}.{field[0]}")
-                setattr(layer, field[0], None if tensor is None else tensor.ctypes.data)
+            for name, kind, *_ in _Layer._fields_:
+                tensor = tensors.get(f"layers.{number}.{name}")
+                if tensor is not None:
+                    setattr(layer, name, _matrix(tensor) if kind is _Matrix else tensor.ctypes.data)
         self._kept = (tensors, cosine, sine, layers)
         model = _Model(
             abi_version=ABI_VERSION,
@@ -225,7 +237,7 @@ class NativeModel:
             rope_cos=cosine.ctypes.data,
             rope_sin=sine.ctypes.data,
             embedding=None if shape.tied_embeddings else tensors["embedding"].ctypes.data,
-            output_head=tensors["output_head"].ctypes.data,
+            output_head=_matrix(tensors["output_head"]),
             final_norm=tensors["final_norm"].ctypes.data,
             layer=ctypes.addressof(layers),
         )

@@ -7,6 +7,8 @@
 #include "isa.h"
 #include "vectors.inl"
 //
+#include "panels.inl"
+//
 #include "linear.inl"
 //
 #ifdef TILES

@@ -50,9 +50,9 @@ LOAD_TILE(6)
 LOAD_TILE(7)
 #undef LOAD_TILE
 
-#define SUM_TILE(T, A, B)                                                                   \
-  inline void clear_tile##T() { _tile_zero(T); }                                            \
-  inline void dot_bfloat16_##T() { _tile_dpbf16ps(T, A, B); }                               \
+#define SUM_TILE(T, A, B)                                     \
+  inline void clear_tile##T() { _tile_zero(T); }              \
+  inline void dot_bfloat16_##T() { _tile_dpbf16ps(T, A, B); } \
   inline void store_tile##T(float* to, size_t stride) { _tile_stored(T, to, 4 * stride); }
 SUM_TILE(0, 4, 6)
 SUM_TILE(1, 4, 7)
@@ -118,10 +118,10 @@ LOAD_TILE(6)
 LOAD_TILE(7)
 #undef LOAD_TILE
 
-#define SUM_TILE(T, A, B)                                                                          \
-  inline void clear_tile##T() { memset(t_tiles.at[T], 0, sizeof t_tiles.at[T]); }                  \
-  inline void dot_bfloat16_##T() { dot_bfloat16(T, A, B); }                                        \
-  inline void store_tile##T(float* to, size_t stride) {                                            \
+#define SUM_TILE(T, A, B)                                                                               \
+  inline void clear_tile##T() { memset(t_tiles.at[T], 0, sizeof t_tiles.at[T]); }                       \
+  inline void dot_bfloat16_##T() { dot_bfloat16(T, A, B); }                                             \
+  inline void store_tile##T(float* to, size_t stride) {                                                 \
     for (uint32_t r = 0; r < t_tiles.rows[T]; ++r) memcpy(to + r * stride, t_tiles.at[T][r], kTileRow); \
   }
 SUM_TILE(0, 4, 6)

@@ -104,6 +104,9 @@ class ExecutorSettings(DevicePoolSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     runner: Literal["auto", "reference"] = Field("auto", description="reference: torch, slow, for tests")
     dtype: Dtype = Field("bfloat16", description="arithmetic of the model; float16 on CUDA, float32 on CPUs only")
+    weights: Literal["auto", "bfloat16", "int8", "int4"] = Field(
+        "auto", description="auto: the file's own 4- or 8-bit blocks where they are fast, which changes no token"
+    )
     kv_dtype: KvDtype | None = Field(None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA")
     deterministic: bool = Field(False, description="CUDA: tokens do not depend on what else runs; CPUs always are")
     page_size: int = Field(16, ge=8, le=128, description="tokens in a page")
@@ -115,7 +118,9 @@ class ExecutorSettings(DevicePoolSettings):
     prefix_cache: bool = Field(True, description="share pages of equal prefixes")
     fork: bool = Field(True, description="outputs of one request share the pages of their prompt; off for debugging")
     threads: int | None = Field(None, ge=1, description="compute threads; default: the processors of this process")
-    cpu_isa: Literal["portable", "avx2", "avx512bf16", "amx"] | None = Field(None, description="forces an instruction set")
+    cpu_isa: Literal["portable", "avx2", "avx512bf16", "amx"] | None = Field(
+        None, description="forces an instruction set"
+    )
     step_trace: Path | None = Field(None, description="file that gets one line of JSON a step, for benchmarks")
 
 

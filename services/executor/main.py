@@ -19,6 +19,7 @@ import numpy as np
 import structlog
 import uvloop
 
+from kernels.cpu.native import available_isas
 from kvmanager.geometry import asked_geometry, asked_place, difference, read_fingerprint, read_geometry, read_place
 from kvmanager.layout import HEADER_WORDS
 from pagehold.executor.v1 import executor_pb2_grpc as ex_grpc
@@ -35,7 +36,7 @@ from services.executor.engine import Engine
 from services.executor.frontends import Frontends
 from services.executor.inbox import Attached, Inbox, Replied, Stop
 from services.executor.kv_link import KvLink
-from services.executor.modelstore.store import ModelError, PackedModel, open_model
+from services.executor.modelstore.store import ModelError, PackedModel, Weights, open_model
 from services.executor.pages import Pages
 from services.executor.requests import Requests
 from services.executor.scheduler import Scheduler
@@ -60,7 +61,7 @@ def main(settings: ExecutorSettings) -> int:
         state = StateDir.prepare(settings.state_dir)
         failpoint.arm_once(state.failpoints("executor"))
         tenure = Tenure(state, settings.hang_seconds)
-        model = open_model(settings.model)
+        model = open_model(settings.model, weights=wanted_weights(settings))
         executor = _Executor(settings, state, tenure, model)
     except (ConfigurationError, ModelError, StateDirError, failpoint.FailpointSyntaxError) as error:
         return _refuse(str(error), EXIT_CONFIG)
@@ -298,6 +299,26 @@ def _open_trace(settings: ExecutorSettings) -> StepTrace | None:
         raise ConfigurationError(f"--step-trace {settings.step_trace}: {error.strerror}") from error
 
 
+def _on_cuda(settings: ExecutorSettings) -> bool:
+    """Imports nothing of CUDA unless it may be used."""
+    from services.executor import cuda_backend
+
+    return settings.device == "cuda" or (settings.device == "auto" and cuda_backend.is_there())
+
+
+def wanted_weights(settings: ExecutorSettings) -> Weights:
+    """How the model's matrices are packed. Raises ConfigurationError."""
+    if _on_cuda(settings) or settings.runner == "reference":
+        if settings.weights not in ("auto", "bfloat16"):
+            raise ConfigurationError(f"--weights {settings.weights} is for CPUs; leave it out, or set --device cpu")
+        return Weights.BFLOAT16
+    if settings.weights != "auto":
+        return Weights(settings.weights)
+    # Blocks are expanded on the way: without AVX-512 that takes longer than reading bfloat16.
+    isa = settings.cpu_isa or available_isas()[-1]
+    return Weights.FILE if isa in ("avx512bf16", "amx") else Weights.BFLOAT16
+
+
 def make_backend(
     settings: ExecutorSettings,
     model: PackedModel,
@@ -306,9 +327,9 @@ def make_backend(
     pool: SharedPool,
     inbox: Inbox,
 ) -> Backend:
-    """The one that the settings name. Imports nothing of CUDA unless it is used. Raises ConfigurationError."""
-    from services.executor import cuda_backend
+    """The one that the settings name. Raises ConfigurationError."""
+    if _on_cuda(settings):
+        from services.executor import cuda_backend
 
-    if settings.device == "cuda" or (settings.device == "auto" and cuda_backend.is_there()):
         return cuda_backend.CudaBackend(settings, model, max_model_len, state, pool, inbox)
     return HostBackend(settings, model, state, pool)

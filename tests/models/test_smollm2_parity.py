@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import transformers
 
-from services.executor.modelstore.packed import PackedModel
+from services.executor.modelstore.packed import PackedModel, TensorKind, Weights
+from services.executor.modelstore.store import open_model
 from services.executor.runner.base import Runner
 from services.executor.runner.cpu import CpuRunner
 from services.executor.runner.reference import ReferenceRunner
-from tests.models.paging import TestPool, greedy
+from tests.models.paging import TestPool, chunks_of, greedy
 from tests.models.parity import BFLOAT16_PROMPTS, POOL_PAGES, Judge, bfloat16_errors, encode_prompts, judge_greedy
 
 pytestmark = pytest.mark.timeout(600)
@@ -75,3 +77,19 @@ def test_bfloat16_errs_no_more_than_transformers_bfloat16(
     assert errors.theirs > 0
     assert errors.ours <= 1.1 * errors.theirs
     assert errors.our_differences <= 1.5 * errors.their_differences
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_files_own_blocks_change_no_bit(smollm2: PackedModel, prompts: list[list[int]], dtype: str) -> None:
+    """The default model's matrices have 4 and 8 bits in its file; `--weights auto` computes with these."""
+    blocks = open_model(None, weights=Weights.FILE)
+    assert {tensor.encoding for tensor in blocks.tensors.values() if tensor.kind is TensorKind.GATE_UP} == {"int4"}
+    assert blocks.weights.nbytes < 0.4 * smollm2.weights.nbytes
+    found = []
+    for model in (smollm2, blocks):
+        runner = CpuRunner(model, dtype, dtype, threads=2)
+        pool = TestPool(model.spec, runner, dtype, 64)
+        found.append([runner.logits(chunks_of(pool.lane(p, len(p) + 1), len(p), None)) for p in prompts[:4]])
+        runner.close()
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from kernels.cpu.blocks import Blocks
 from services.executor.modelstore.spec import DecoderSpec
 
 BF16 = npt.NDArray[ml_dtypes.bfloat16]
@@ -64,6 +65,10 @@ class Checkpoint(ABC):
 
         Raises ModelError when the file has no such tensor or cannot decode it.
         """
+
+    def blocks(self, part: Part, layer: int | None = None) -> Blocks | None:
+        """The matrix in the file's own blocks of 4 or 8 bits, whose values are those of `read`; None: it has none."""
+        return None
 
 
 def round_to_bfloat16(values: npt.NDArray[np.generic]) -> BF16:

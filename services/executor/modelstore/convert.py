@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from kernels.cpu.blocks import Blocks, joined, pack_blocks, pack_gate_up_blocks, round_to_int4, round_to_int8
 from kernels.cpu.packing import pack_gate_up, pack_linear
 from services.executor.modelstore.checkpoint import BF16, Checkpoint, Part
 from services.executor.modelstore.errors import ModelError
@@ -25,8 +26,10 @@ from services.executor.modelstore.packed import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
     Description,
+    Encoding,
     Tensor,
     TensorKind,
+    Weights,
 )
 
 Progress = Callable[[int, int], None]  # tensors written, tensors in all
@@ -40,9 +43,10 @@ class _Item:
     kind: TensorKind
     shape: tuple[int, ...]
     data: npt.NDArray[np.generic]
+    encoding: Encoding = Encoding.BFLOAT16
 
 
-def convert(checkpoint: Checkpoint, name: str, source: str, folder: Path, progress: Progress) -> None:
+def convert(checkpoint: Checkpoint, name: str, source: str, folder: Path, progress: Progress, weights: Weights) -> None:
     """Writes the packed model into `folder`, which exists and is empty. `model.json` is written last.
 
     Raises ModelError for a tensor that is missing or of another shape than the description says.
@@ -52,7 +56,7 @@ def convert(checkpoint: Checkpoint, name: str, source: str, folder: Path, progre
     digest = hashlib.sha256(f"pagehold model {FORMAT_VERSION}\n".encode())
     tensors: dict[str, Tensor] = {}
     with open(folder / WEIGHTS_FILE, "xb") as file:
-        for item in _items(checkpoint):
+        for item in _items(checkpoint, weights):
             tensors[item.name] = _write(file, item)
             digest.update(item.name.encode() + b"\0")
             digest.update(item.data.data.cast("B"))
@@ -80,46 +84,81 @@ def convert(checkpoint: Checkpoint, name: str, source: str, folder: Path, progre
     _write_file(folder / MODEL_FILE, description.to_json().encode())
 
 
-def _items(checkpoint: Checkpoint) -> Iterator[_Item]:
-    spec = checkpoint.spec
+def _items(checkpoint: Checkpoint, weights: Weights) -> Iterator[_Item]:
+    spec, matrices = checkpoint.spec, _Matrices(checkpoint, weights)
     hidden, head_dim, middle = spec.hidden_size, spec.head_dim, spec.intermediate_size
     queries, keys = spec.heads * head_dim, spec.kv_heads * head_dim
+    read = matrices.read
 
-    def read(part: Part, layer: int | None, *shape: int) -> BF16:
-        values = checkpoint.read(part, layer)
-        if values.shape != shape:
-            place = f"{part} of layer {layer}" if layer is not None else str(part)
-            raise ModelError(f"the model's {place} has the shape {values.shape}, its description says {shape}")
-        return values
-
-    if spec.tied_embeddings:
-        head = read(Part.EMBEDDING, None, spec.vocab_size, hidden)
-    else:
+    if not spec.tied_embeddings:
         table = np.ascontiguousarray(read(Part.EMBEDDING, None, spec.vocab_size, hidden))
         yield _Item("embedding", TensorKind.BFLOAT16, table.shape, table.view(np.uint16))
-        head = read(Part.HEAD, None, spec.vocab_size, hidden)
-    yield _packed("output_head", head)
+    head = Part.EMBEDDING if spec.tied_embeddings else Part.HEAD
+    yield matrices.packed("output_head", None, [(head, spec.vocab_size)], hidden)
     yield _float32("final_norm", read(Part.FINAL_NORM, None, hidden))
     for i in range(spec.layers):
         prefix = f"layers.{i}."
         yield _float32(prefix + "attention_norm", read(Part.ATTENTION_NORM, i, hidden))
         rows = [(Part.QUERY, queries), (Part.KEY, keys), (Part.VALUE, keys)]
-        yield _packed(prefix + "qkv", np.concatenate([read(part, i, size, hidden) for part, size in rows]))
+        yield matrices.packed(prefix + "qkv", i, rows, hidden)
         if spec.qkv_bias:
             biases = [(Part.QUERY_BIAS, queries), (Part.KEY_BIAS, keys), (Part.VALUE_BIAS, keys)]
             yield _float32(prefix + "qkv_bias", np.concatenate([read(part, i, size) for part, size in biases]))
         if spec.qk_norm:
             yield _float32(prefix + "q_norm", read(Part.QUERY_NORM, i, head_dim))
             yield _float32(prefix + "k_norm", read(Part.KEY_NORM, i, head_dim))
-        yield _packed(prefix + "attention_output", read(Part.ATTENTION_OUTPUT, i, hidden, queries))
+        yield matrices.packed(prefix + "attention_output", i, [(Part.ATTENTION_OUTPUT, hidden)], queries)
         yield _float32(prefix + "mlp_norm", read(Part.MLP_NORM, i, hidden))
-        gate, up = read(Part.GATE, i, middle, hidden), read(Part.UP, i, middle, hidden)
-        yield _Item(prefix + "gate_up", TensorKind.GATE_UP, (2 * middle, hidden), pack_gate_up(gate, up))
-        yield _packed(prefix + "down", read(Part.DOWN, i, hidden, middle))
+        yield matrices.gate_up(prefix + "gate_up", i, middle, hidden)
+        yield matrices.packed(prefix + "down", i, [(Part.DOWN, hidden)], middle)
 
 
-def _packed(name: str, weight: BF16) -> _Item:
-    return _Item(name, TensorKind.PACKED, weight.shape, pack_linear(np.ascontiguousarray(weight)))
+class _Matrices:
+    """Matrices of a checkpoint, each in the encoding that was asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, weights: Weights) -> None:
+        self._checkpoint = checkpoint
+        self._weights = weights
+
+    def read(self, part: Part, layer: int | None, *shape: int) -> BF16:
+        values = self._checkpoint.read(part, layer)
+        if values.shape != shape:
+            place = f"{part} of layer {layer}" if layer is not None else str(part)
+            raise ModelError(f"the model's {place} has the shape {values.shape}, its description says {shape}")
+        return values
+
+    def packed(self, name: str, layer: int | None, rows: list[tuple[Part, int]], columns: int) -> _Item:
+        """The parts below one another. rows: each with its number of rows."""
+        shape = (sum(count for _, count in rows), columns)
+        whole = joined([self._blocks(part, layer, count, columns) for part, count in rows])
+        if whole is not None:
+            return _Item(name, TensorKind.PACKED, shape, pack_blocks(whole), _encoding(whole))
+        values = np.concatenate([self.read(part, layer, count, columns) for part, count in rows])
+        return _Item(name, TensorKind.PACKED, shape, pack_linear(np.ascontiguousarray(values)))
+
+    def gate_up(self, name: str, layer: int, middle: int, hidden: int) -> _Item:
+        gate, up = (self._blocks(part, layer, middle, hidden) for part in (Part.GATE, Part.UP))
+        if gate is not None and up is not None and _encoding(gate) is _encoding(up):
+            packed = pack_gate_up_blocks(gate, up)
+            return _Item(name, TensorKind.GATE_UP, (2 * middle, hidden), packed, _encoding(gate))
+        values = (self.read(part, layer, middle, hidden) for part in (Part.GATE, Part.UP))
+        return _Item(name, TensorKind.GATE_UP, (2 * middle, hidden), pack_gate_up(*values))
+
+    def _blocks(self, part: Part, layer: int | None, rows: int, columns: int) -> Blocks | None:
+        if self._weights is Weights.BFLOAT16:
+            return None
+        found = self._checkpoint.blocks(part, layer)
+        four_bits = self._weights is Weights.INT4 and layer is not None
+        if found is not None and found.shape == (rows, columns) and not (four_bits and found.least is None):
+            return found
+        if self._weights is Weights.FILE:
+            return None
+        values = self.read(part, layer, rows, columns)
+        return round_to_int4(values) if four_bits else round_to_int8(values)
+
+
+def _encoding(blocks: Blocks) -> Encoding:
+    return Encoding.INT8 if blocks.least is None else Encoding.INT4
 
 
 def _float32(name: str, values: BF16) -> _Item:
@@ -132,7 +171,7 @@ def _write(file: BinaryIO, item: _Item) -> Tensor:
     file.write(bytes(-file.tell() % ALIGNMENT))
     offset = file.tell()
     file.write(item.data.data.cast("B"))
-    return Tensor(offset, item.data.nbytes, item.shape, item.kind)
+    return Tensor(offset, item.data.nbytes, item.shape, item.kind, item.encoding)
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Models in a GGUF file: metadata to a decoder description, quantized blocks to bfloat16."""
+"""Models in a GGUF file: metadata to a decoder description, quantized blocks as they are or as bfloat16."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from kernels.cpu.blocks import BLOCK, Blocks, Float16
 from services.executor.modelstore.checkpoint import BF16, Checkpoint, Part, round_to_bfloat16
 from services.executor.modelstore.config import ARCHITECTURES, check_spec
 from services.executor.modelstore.errors import ModelError
@@ -67,6 +68,13 @@ def _kind(value: object) -> str:
     return "missing" if value is None else type(value).__name__
 
 
+_BLOCK_BYTES: Final = {
+    gguf.GGMLQuantizationType.Q4_0: 18,
+    gguf.GGMLQuantizationType.Q4_1: 20,
+    gguf.GGMLQuantizationType.Q8_0: 34,
+}
+
+
 class GgufCheckpoint(Checkpoint):
     """One `.gguf` file with a decoder and its tokenizer."""
 
@@ -83,13 +91,26 @@ class GgufCheckpoint(Checkpoint):
 
     def read(self, part: Part, layer: int | None = None) -> BF16:
         values = self._decode(_NAMES[part].format(layer))
-        # llama.cpp rotates neighbours, so its converter interleaves the halves of these heads.
-        if self.spec.architecture == "llama":
-            if part in (Part.QUERY, Part.QUERY_BIAS):
-                values = _halves(values, self.spec.heads)
-            elif part in (Part.KEY, Part.KEY_BIAS):
-                values = _halves(values, self.spec.kv_heads)
-        return round_to_bfloat16(values)
+        order = self._order(part, len(values))
+        return round_to_bfloat16(values if order is None else values[order])
+
+    def blocks(self, part: Part, layer: int | None = None) -> Blocks | None:
+        tensor = self._tensors.get(_NAMES[part].format(layer))
+        if tensor is None or tensor.tensor_type not in _BLOCK_BYTES:
+            return None
+        found = _blocks(tensor.data, tensor.tensor_type)
+        order = self._order(part, found.shape[0])
+        return found if order is None else found.rows(order)
+
+    def _order(self, part: Part, rows: int) -> npt.NDArray[np.intp] | None:
+        """llama.cpp rotates neighbours, so its converter interleaves the halves of these heads."""
+        if self.spec.architecture != "llama":
+            return None
+        if part in (Part.QUERY, Part.QUERY_BIAS):
+            return _halves(rows, self.spec.heads)
+        if part in (Part.KEY, Part.KEY_BIAS):
+            return _halves(rows, self.spec.kv_heads)
+        return None
 
     def _decode(self, name: str) -> npt.NDArray[np.float32]:
         """float32, of the shape the file names."""
@@ -179,7 +200,23 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _halves(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
-    """Rows of each head from (0, d/2, 1, d/2 + 1, …) back to (0, 1, …, d - 1)."""
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+def _halves(rows: int, heads: int) -> npt.NDArray[np.intp]:
+    """Brings the rows of each head from (0, d/2, 1, d/2 + 1, …) back to (0, 1, …, d - 1)."""
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _blocks(data: npt.NDArray[np.uint8], kind: gguf.GGMLQuantizationType) -> Blocks:
+    """data: [rows, bytes], as the file has it: in each block the scale, with Q4_1 the least value, then the codes."""
+    size = _BLOCK_BYTES[kind]
+    blocks = data.reshape(len(data), -1, size)
+
+    def half(first: int) -> Float16:
+        return np.ascontiguousarray(blocks[..., first : first + 2]).view(np.float16)[..., 0]
+
+    scales = half(0)
+    if kind is gguf.GGMLQuantizationType.Q8_0:
+        return Blocks(scales, None, np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(len(data), -1))
+    least = half(2) if kind is gguf.GGMLQuantizationType.Q4_1 else scales * np.float16(-8)
+    packed = blocks[..., size - BLOCK // 2 :]
+    codes = np.concatenate((packed & 15, packed >> 4), axis=-1)  # the first 16 inputs in the low halves
+    return Blocks(scales, least, codes.reshape(len(data), -1))

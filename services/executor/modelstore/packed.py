@@ -21,7 +21,7 @@ import numpy.typing as npt
 from services.executor.modelstore.errors import ModelError
 from services.executor.modelstore.spec import DecoderSpec, Llama3RopeScaling
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 ALIGNMENT: Final = 4096
 _MADV_POPULATE_READ: Final = 22
 WEIGHTS_FILE: Final = "weights.bin"
@@ -31,10 +31,30 @@ TEMPLATE_FILE: Final = "chat_template.jinja"
 
 
 class TensorKind(StrEnum):
-    PACKED = "packed"  # bfloat16 panels of `kernels.cpu.packing.pack_linear`
-    GATE_UP = "gate_up"  # bfloat16 panels of `kernels.cpu.packing.pack_gate_up`
+    PACKED = "packed"  # panels
+    GATE_UP = "gate_up"  # panels of gate and up in turn
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"  # row-major
+
+
+class Encoding(StrEnum):
+    """Of the weights in panels."""
+
+    BFLOAT16 = "bfloat16"  # `kernels.cpu.packing`
+    INT8 = "int8"  # `kernels.cpu.blocks`
+    INT4 = "int4"
+
+
+class Weights(StrEnum):
+    """What a model's matrices are packed as."""
+
+    BFLOAT16 = "bfloat16"
+    FILE = "file"  # the file's own blocks of 4 or 8 bits, which mean the same values; else bfloat16
+    INT8 = "int8"  # at most 8 bits: the file's own blocks, else rounded
+    INT4 = "int4"  # 4 bits: the file's own blocks, else rounded; 8 for the output head
+
+
+_ELEMENTS: Final = {Encoding.BFLOAT16: np.uint16, Encoding.INT8: np.int8, Encoding.INT4: np.uint8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +65,7 @@ class Tensor:
     nbytes: int
     shape: tuple[int, ...]  # logical: [rows, columns] without the padding of panels
     kind: TensorKind
+    encoding: Encoding = Encoding.BFLOAT16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +98,16 @@ class PackedModel:
             mapped.madvise(mmap.MADV_WILLNEED)  # a kernel before 5.14
 
     def view(self, name: str) -> npt.NDArray[np.generic]:
-        """One tensor in place: uint16 for bfloat16 kinds (flat when packed), float32 otherwise."""
+        """One tensor in place: float32, or uint16 for bfloat16; flat when in panels, and then int8 or uint8 for
+        blocks of 8 or 4 bits.
+        """
         tensor = self.tensors[name]
         raw = self.weights[tensor.offset : tensor.offset + tensor.nbytes]
         if tensor.kind is TensorKind.FLOAT32:
             return raw.view(np.float32).reshape(tensor.shape)
         if tensor.kind is TensorKind.BFLOAT16:
             return raw.view(np.uint16).reshape(tensor.shape)
-        return raw.view(np.uint16)
+        return raw.view(_ELEMENTS[tensor.encoding])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +142,13 @@ class Description:
             spec["rope_scaling"] = Llama3RopeScaling(**spec["rope_scaling"])
         data["spec"] = DecoderSpec(**spec)
         data["tensors"] = {
-            name: Tensor(entry["offset"], entry["nbytes"], tuple(entry["shape"]), TensorKind(entry["kind"]))
+            name: Tensor(
+                entry["offset"],
+                entry["nbytes"],
+                tuple(entry["shape"]),
+                TensorKind(entry["kind"]),
+                Encoding(entry["encoding"]),
+            )
             for name, entry in data["tensors"].items()
         }
         data["eos_token_ids"] = tuple(data["eos_token_ids"])

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.executor.modelstore.errors import ModelError
-from services.executor.modelstore.packed import PackedModel, Tensor, TensorKind, open_packed
+from services.executor.modelstore.packed import PackedModel, Tensor, TensorKind, Weights, open_packed
 from services.executor.modelstore.report import ConversionReport
 from services.executor.modelstore.source import Source, SourceKind, find_source
 
 if TYPE_CHECKING:
     from services.executor.modelstore.checkpoint import Checkpoint
 
-__all__ = ["ModelError", "PackedModel", "Tensor", "TensorKind", "default_cache_dir", "open_model"]
+__all__ = ["ModelError", "PackedModel", "Tensor", "TensorKind", "Weights", "default_cache_dir", "open_model"]
 
 
 def default_cache_dir() -> Path:
@@ -34,7 +34,9 @@ def default_cache_dir() -> Path:
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "pagehold" / "models"
 
 
-def open_model(name: str | None, cache_dir: Path | None = None, progress: bool = True) -> PackedModel:
+def open_model(
+    name: str | None, cache_dir: Path | None = None, progress: bool = True, weights: Weights = Weights.BFLOAT16
+) -> PackedModel:
     """The model of that name, mapped.
 
     name: a folder in the Hugging Face layout, a `.gguf` file, a hub id `owner/name[@revision]`,
@@ -46,9 +48,14 @@ def open_model(name: str | None, cache_dir: Path | None = None, progress: bool =
     cache = cache_dir if cache_dir is not None else default_cache_dir()
     try:
         source = find_source(name)
-        folder = cache / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', source.name)}-{source.key()}"
+        if weights is Weights.FILE and source.kind is not SourceKind.GGUF:
+            weights = Weights.BFLOAT16  # other files have no blocks
+        suffix = "" if weights is Weights.BFLOAT16 else f"-{weights}"
+        folder = cache / f"{re.sub(r'[^A-Za-z0-9._-]+', '--', source.name)}-{source.key()}{suffix}"
         model = _open_cached(folder)
-        return model if model is not None else _convert(source, folder, ConversionReport(source.name, progress))
+        if model is not None:
+            return model
+        return _convert(source, folder, ConversionReport(source.name, progress), weights)
     except OSError as error:
         shown = str(name)[:200] if name is not None else "the default model"
         raise ModelError(f"cannot prepare {shown} in {cache}: {error.strerror or error}") from error
@@ -62,7 +69,7 @@ def _open_cached(folder: Path) -> PackedModel | None:
         return None
 
 
-def _convert(source: Source, folder: Path, report: ConversionReport) -> PackedModel:
+def _convert(source: Source, folder: Path, report: ConversionReport, weights: Weights) -> PackedModel:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), report):
         model = _open_cached(folder)  # another process may have converted it while this one waited
@@ -77,7 +84,7 @@ def _convert(source: Source, folder: Path, report: ConversionReport) -> PackedMo
 
             with report:
                 checkpoint = _checkpoint(source)
-                convert(checkpoint, source.name, str(source), partial, report.advance)
+                convert(checkpoint, source.name, str(source), partial, report.advance, weights)
             partial.chmod(0o755)
             if folder.exists():  # damaged; a process that has it mapped keeps its files
                 folder.rename(partial.with_name(f"{partial.name}.old.partial"))

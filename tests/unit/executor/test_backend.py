@@ -10,10 +10,11 @@ import pytest
 
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir
+from services.executor import main
 from services.executor.backend import Backend, ConfigurationError, HostBackend
 from services.executor.cuda_backend import CudaBackend
 from services.executor.inbox import Inbox
-from services.executor.main import make_backend
+from services.executor.main import make_backend, wanted_weights
 from services.executor.modelstore.packed import PackedModel
 from services.executor.modelstore.store import open_model
 from services.executor.shared import SharedPool
@@ -93,3 +94,18 @@ def test_the_pool_is_asked_for_on_the_device(tmp_path: Path, model: PackedModel)
     assert list(request.scales) == [1.0] * (model.spec.layers * 2 * model.spec.kv_heads)
     assert backend.pool_bytes(request) > 0
     backend.close()
+
+
+def test_blocks_are_the_default_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa, weights in (("portable", "bfloat16"), ("avx2", "bfloat16"), ("avx512bf16", "file"), ("amx", "file")):
+        assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa)) == weights
+        assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa, weights="int8")) == "int8"
+    monkeypatch.setattr(main, "available_isas", lambda: ["portable", "avx2", "avx512bf16"])
+    assert wanted_weights(ExecutorSettings(device="cpu")) == "file"
+
+
+@pytest.mark.parametrize("flags", [{"device": "cuda"}, {"device": "cpu", "runner": "reference"}])
+def test_blocks_are_refused_where_nothing_expands_them(flags: dict[str, str]) -> None:
+    assert wanted_weights(ExecutorSettings(**flags)) == "bfloat16"  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="--weights int4 is for CPUs"):
+        wanted_weights(ExecutorSettings(weights="int4", **flags))  # type: ignore[arg-type]

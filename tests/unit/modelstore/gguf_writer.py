@@ -36,8 +36,11 @@ def write_gguf(
     scaling: Llama3RopeScaling | None = None,
     overrides: dict[str, Any] | None = None,
     drop: str = "",
+    quantized: gguf.GGMLQuantizationType | None = None,
 ) -> None:
-    """overrides: metadata keys to set last; a value of None leaves the key out. drop: a tensor to leave out."""
+    """overrides: metadata keys to set last; a value of None leaves the key out. drop: a tensor to leave out.
+    quantized: the type of all matrices.
+    """
     config = model.config
     arch = "llama" if config.model_type == "mistral" else config.model_type
     names = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
@@ -78,7 +81,11 @@ def write_gguf(
         if arch == "llama" and (".attn_q." in stored or ".attn_k." in stored):
             heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
             array = _interleave(array, heads)
-        writer.add_tensor(stored, np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        if quantized is not None and array.ndim == 2:
+            writer.add_tensor(stored, gguf.quants.quantize(array, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(stored, array)
     if scaling is not None:
         writer.add_tensor(
             "rope_freqs.weight", _divisors(scaling, config.head_dim, config.rope_parameters["rope_theta"])

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from services.executor.modelstore.checkpoint import Part
+from services.executor.modelstore.gguf_file import GgufCheckpoint
+from services.executor.modelstore.packed import Encoding, Weights
 from services.executor.modelstore.spec import Llama3RopeScaling
 from services.executor.modelstore.store import ModelError, open_model
 from tests.models.tiny import TEMPLATE, TINY, Tiny, save_tiny, tiny_tokenizer
@@ -35,6 +39,63 @@ def test_weights_and_description_equal_the_folders(tiny: Tiny, tmp_path: Path) -
     assert file.chat_template == TEMPLATE
     text = "the then\t weather <|im_start|>in 2024\n\n  é 漢字 🙂"
     assert Tokenizer.from_buffer(file.tokenizer_json).encode(text).ids == tiny_tokenizer().encode(text).ids
+
+
+BLOCKS = {name: gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0")}
+WIDE = Tiny("wide", "llama", {"hidden_size": 96, "intermediate_size": 160, "num_key_value_heads": 1})
+
+
+@pytest.fixture(params=BLOCKS)
+def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    rounded = save_tiny(WIDE, tmp_path / "m")
+    write_gguf(rounded, tmp_path / f"tiny-{request.param}.gguf", quantized=BLOCKS[request.param])
+    return tmp_path / f"tiny-{request.param}.gguf"
+
+
+def test_blocks_of_the_file_mean_the_same_weights(quantized: Path) -> None:
+    checkpoint = GgufCheckpoint(quantized)
+    for part in (Part.EMBEDDING, Part.HEAD):
+        same_values(checkpoint, part, None)
+    for part in (Part.QUERY, Part.KEY, Part.VALUE, Part.ATTENTION_OUTPUT, Part.GATE, Part.UP, Part.DOWN):
+        same_values(checkpoint, part, 1)
+    assert checkpoint.blocks(Part.MLP_NORM, 0) is None
+
+
+def same_values(checkpoint: GgufCheckpoint, part: Part, layer: int | None) -> None:
+    blocks = checkpoint.blocks(part, layer)
+    assert blocks is not None
+    np.testing.assert_array_equal(
+        blocks.values().astype(np.float32), checkpoint.read(part, layer).astype(np.float32), err_msg=part
+    )
+
+
+def test_the_models_matrices_are_in_the_encoding_that_was_asked_for(quantized: Path, tmp_path: Path) -> None:
+    own = Encoding.INT8 if "Q8_0" in quantized.name else Encoding.INT4
+    for weights, layers, head in (
+        (Weights.BFLOAT16, Encoding.BFLOAT16, Encoding.BFLOAT16),
+        (Weights.FILE, own, own),
+        (Weights.INT8, own, own),
+        (Weights.INT4, Encoding.INT4, own),
+    ):
+        model = open_model(str(quantized), tmp_path / "cache", progress=False, weights=weights)
+        assert model.tensors["output_head"].encoding is head
+        for name in ("qkv", "attention_output", "gate_up", "down"):
+            assert model.tensors[f"layers.0.{name}"].encoding is layers
+        again = open_model(str(quantized), tmp_path / "cache", progress=False, weights=weights)
+        assert again.tensors == model.tensors and again.fingerprint == model.fingerprint
+
+
+def test_a_model_without_blocks_is_rounded_where_that_is_asked_for(tmp_path: Path) -> None:
+    save_tiny(LLAMA, tmp_path / "m")
+    for weights, layers in (
+        (Weights.FILE, Encoding.BFLOAT16),
+        (Weights.INT8, Encoding.INT8),
+        (Weights.INT4, Encoding.INT4),
+    ):
+        model = open_model(str(tmp_path / "m"), tmp_path / "cache", progress=False, weights=weights)
+        assert model.tensors["layers.0.down"].encoding is layers
+    plain = open_model(str(tmp_path / "m"), tmp_path / "cache", progress=False)
+    assert plain.folder == open_model(str(tmp_path / "m"), tmp_path / "cache", False, Weights.FILE).folder
 
 
 def _renamed(spec: object) -> object:

@@ -1,0 +1,64 @@
+#include "matrix.h"
+
+#include <string.h>
+
+#include "isa.h"
+
+namespace {
+
+float half_to_float(uint16_t half) {
+  const uint32_t bits = (half & 0x7fffu) << 13;
+  float x;
+  memcpy(&x, &bits, 4);
+  x *= 0x1p112f;  // the difference of the exponents' biases; right for subnormals too
+  return half & 0x8000u ? -x : x;
+}
+
+float round_to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The code of output n and input k within a block: see packing.py.
+uint32_t code4(const uint8_t* codes, uint32_t n, uint32_t k) {
+  uint32_t word;
+  memcpy(&word, codes + (((n / 16 * 2 + k / 16) * 2 + n / 8 % 2) * 16 + n % 8 * 2 + k % 2) * 4, 4);
+  return word >> (k % 16 / 2 * 4) & 15;
+}
+
+int32_t code8(const uint8_t* codes, uint32_t n, uint32_t k) {
+  return static_cast<int8_t>(codes[(((n / 16 * 4 + k / 8) * 2 + n / 8 % 2) * 16 + n % 8 * 2 + k % 2) * 4 + k % 8 / 2]);
+}
+
+}  // namespace
+
+float bfloat16_to_float(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+void read_row(const PhMatrix& matrix, uint32_t columns, uint32_t row, float* out) {
+  const uint32_t pairs = (columns + 1) / 2, n = row % kPanel;
+  const uint8_t* panel = static_cast<const uint8_t*>(matrix.panels) + row / kPanel * panel_size(matrix.encoding, pairs);
+  if (matrix.encoding == kPhBfloat16) {
+    const uint16_t* values = reinterpret_cast<const uint16_t*>(panel);
+    for (uint32_t k = 0; k < columns; ++k) out[k] = bfloat16_to_float(values[k / 2 * 2 * kPanel + 2 * n + k % 2]);
+    return;
+  }
+  const size_t block_size = panel_size(matrix.encoding, kBlock / 2);
+  for (uint32_t k = 0; k < columns; ++k) {
+    const uint8_t* block = panel + k / kBlock * block_size;
+    const uint16_t* factors = reinterpret_cast<const uint16_t*>(block);
+    const float scale = half_to_float(factors[n]);
+    const float value =
+        matrix.encoding == kPhInt4
+            ? static_cast<float>(code4(block + 4 * kPanel, n, k % kBlock)) * scale + half_to_float(factors[kPanel + n])
+            : static_cast<float>(code8(block + 2 * kPanel, n, k % kBlock)) * scale;
+    out[k] = round_to_bfloat16(value);
+  }
+}

@@ -1,0 +1,133 @@
+// Panels of weights as bfloat16 [K/2][32][2], whatever their encoding: blocks of 32 inputs are expanded in the cache.
+//
+// A block of 32 outputs by 32 inputs: float16 scales [32]; int4 alone: float16 least values [32]; codes. The codes
+// of 8 (int4) or 4 (int8) pairs of inputs share 32 bits, so that a shift gives the next pair; packing.py has the order.
+// scale * code is exact in float, so that the sum with the least value is rounded once, to what the conversion to
+// bfloat16 has: the same weights in fewer bytes.
+
+namespace {
+
+// A float16 in the low half of each lane; neither infinity nor NaN. The exponent's bias is mended by a product, which
+// is right for subnormals too.
+inline vf half_to_float(vu bits) {
+  const vf magnitude = reinterpret_cast<vf>((bits & 0x7fffu) << 13) * 0x1p112f;
+  return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
+}
+
+// Each output's factor beside each of its pair's two inputs: float16 [32] into float [64].
+inline void spread(const uint16_t* halves, float* to) {
+  for (uint32_t n = 0; n < kPanel; n += W) {
+    const vh packed = *reinterpret_cast<const vh_unaligned*>(halves + n);
+    float factors[W];
+    store(factors, half_to_float(__builtin_convertvector(packed, vu)));
+    for (uint32_t i = 0; i < W; ++i) to[2 * (n + i)] = to[2 * (n + i) + 1] = factors[i];
+  }
+}
+
+// Two vectors of one row, rounded to nearest even.
+inline void store_both(uint16_t* to, vf low, vf high) {
+#if defined(BFLOAT16_DOT) && !defined(PAGEHOLD_EMULATE)
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  memcpy(to, &both, sizeof both);
+#else
+  store(to, low);
+  store(to + W, high);
+#endif
+}
+
+inline vf code4(vu codes, uint32_t t) {
+#if W == 16 && !defined(__clang__)  // looked up by the low four bits: one instruction instead of two
+  constexpr vf kValues = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return __builtin_shuffle(kValues, reinterpret_cast<vi>(codes >> (4 * t)));
+#else
+  return __builtin_convertvector(reinterpret_cast<vi>(codes >> (4 * t) & 15u), vf);
+#endif
+}
+
+inline vf code8(vu codes, uint32_t t) {
+  return __builtin_convertvector(reinterpret_cast<vi>(codes << (24 - 8 * t)) >> 24, vf);
+}
+
+inline vu load_codes(const uint8_t* from) { return *reinterpret_cast<const vu_unaligned*>(from); }
+
+// One panel into bfloat16 [16 blocks][32][2].
+inline void expand_int4(const uint8_t* block, uint32_t blocks, uint16_t* to) {
+  constexpr uint32_t kRows = 8;  // pairs of inputs that share a word
+  for (uint32_t b = 0; b < blocks; ++b, to += kBlock / 2 * 2 * kPanel) {
+    alignas(64) float scales[2 * kPanel], least[2 * kPanel];
+    spread(reinterpret_cast<const uint16_t*>(block), scales);
+    spread(reinterpret_cast<const uint16_t*>(block) + kPanel, least);
+    block += 4 * kPanel;
+    for (uint32_t half = 0; half < 2; ++half) {
+      for (uint32_t g = 0; g < 2; ++g, block += 128) {
+        for (uint32_t e = 0; e < 32; e += 2 * W) {
+          const uint32_t column = 32 * half + e;
+          const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
+          const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
+          const vf least_low = load(least + column), least_high = load(least + column + W);
+          for (uint32_t t = 0; t < kRows; ++t)
+            store_both(to + (kRows * g + t) * 2 * kPanel + column, code4(low, t) * scale_low + least_low,
+                       code4(high, t) * scale_high + least_high);
+        }
+      }
+    }
+  }
+}
+
+inline void expand_int8(const uint8_t* block, uint32_t blocks, uint16_t* to) {
+  constexpr uint32_t kRows = 4;
+  for (uint32_t b = 0; b < blocks; ++b, to += kBlock / 2 * 2 * kPanel) {
+    alignas(64) float scales[2 * kPanel];
+    spread(reinterpret_cast<const uint16_t*>(block), scales);
+    block += 2 * kPanel;
+    for (uint32_t half = 0; half < 2; ++half) {
+      for (uint32_t g = 0; g < 4; ++g, block += 128) {
+        for (uint32_t e = 0; e < 32; e += 2 * W) {
+          const uint32_t column = 32 * half + e;
+          const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
+          const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
+          for (uint32_t t = 0; t < kRows; ++t)
+            store_both(to + (kRows * g + t) * 2 * kPanel + column, code8(low, t) * scale_low,
+                       code8(high, t) * scale_high);
+        }
+      }
+    }
+  }
+}
+
+// The panels of a job, `together` of them at a time: 2 for gate and up.
+class Panels {
+ public:
+  Panels(const Linear* job, uint32_t together, uint16_t* expanded)
+      : job_(job), together_(together), expanded_(expanded), held_(UINT32_MAX) {
+    const uint32_t blocks = (2 * job->pairs + kBlock - 1) / kBlock;
+    stride_ = job->weights.encoding == kPhBfloat16 ? size_t{job->pairs} * 2 * kPanel : size_t{blocks} * kBlock * kPanel;
+  }
+
+  // Elements from the first panel to the second.
+  size_t stride() const { return stride_; }
+
+  // Panels [p * together, (p + 1) * together).
+  const uint16_t* at(uint32_t p) {
+    const uint32_t encoding = job_->weights.encoding;
+    const size_t size = panel_size(encoding, job_->pairs);
+    const uint8_t* from = static_cast<const uint8_t*>(job_->weights.panels) + p * together_ * size;
+    if (encoding == kPhBfloat16) return reinterpret_cast<const uint16_t*>(from);
+    if (held_ == p) return expanded_;
+    held_ = p;
+    const uint32_t blocks = (2 * job_->pairs + kBlock - 1) / kBlock;
+    for (uint32_t i = 0; i < together_; ++i) {
+      (encoding == kPhInt4 ? expand_int4 : expand_int8)(from + i * size, blocks, expanded_ + i * stride_);
+    }
+    return expanded_;
+  }
+
+ private:
+  const Linear* job_;
+  uint32_t together_;
+  uint16_t* expanded_;
+  uint32_t held_;
+  size_t stride_;
+};
+
+}  // namespace

@@ -12,12 +12,6 @@ namespace {
 
 // --- sums of lanes for many vectors at once ---
 
-#ifdef __clang__
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (vi){__VA_ARGS__})
-#endif
-
 // Vectors of segments of G lanes, each segment a partial sum: adds the halves of every segment; those of x and y
 // alternate in the result, in segments of half the size.
 template <uint32_t G, int... I>

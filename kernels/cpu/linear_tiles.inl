@@ -10,46 +10,92 @@ constexpr uint32_t kCachedRows = 16 * kBlockRows;
 constexpr uint32_t kTilePairs = 16;     // pairs of inputs that one instruction takes
 constexpr uint32_t kFetchAhead = 8192;  // bytes of weights, which come from memory one after the other
 
+// Where a panel's weights come from, 16 pairs of inputs after 16 pairs.
+
+// Bfloat16 that lies in memory, or was expanded before. Inputs are padded with zeros, panels end: the rest of the last
+// pairs is zeros too.
+class Ready {
+ public:
+  Ready(const uint16_t* weights, uint32_t pairs) : weights_(weights), pairs_(pairs) {}
+  const uint16_t* next() {
+    const uint16_t* w = weights_;
+    if (pairs_ >= kTilePairs) {
+      const char* ahead = reinterpret_cast<const char*>(w) + kFetchAhead;
+      for (uint32_t line = 0; line < 2 * kBlockValues; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      weights_ += kBlockValues;
+      pairs_ -= kTilePairs;
+      return w;
+    }
+    memset(rest_, 0, sizeof rest_);
+    memcpy(rest_, w, size_t{pairs_} * 4 * kPanel);
+    return rest_;
+  }
+
+ private:
+  const uint16_t* weights_;
+  uint32_t pairs_;
+  alignas(64) uint16_t rest_[kBlockValues];
+};
+
+// Blocks that are expanded one ahead of the one that is multiplied: the two use different parts of a core.
+template <const uint8_t* (*expand)(const uint8_t* block, uint16_t* to)>
+class Expanding {
+ public:
+  Expanding(const uint8_t* blocks, uint32_t count) : block_(expand(blocks, values_[0])), left_(count - 1), turn_(0) {}
+  const uint16_t* next() {
+    const uint16_t* w = values_[turn_];
+    turn_ ^= 1;
+    if (left_ != 0) block_ = expand(block_, values_[turn_]);
+    left_ -= left_ != 0;
+    return w;
+  }
+
+ private:
+  const uint8_t* block_;
+  uint32_t left_, turn_;
+  alignas(64) uint16_t values_[2][kBlockValues];
+};
+
 // Sums of a block of rows by one panel, left in the registers. `Both`: it has more than 16 rows.
-template <bool Both>
-inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, const uint16_t* w) {
+template <bool Both, class Source>
+inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, Source& source) {
   clear_tile0();
   clear_tile1();
   if (Both) {
     clear_tile2();
     clear_tile3();
   }
-  auto dot = [&](const uint16_t* inputs, const uint16_t* weights) {
-    load_tile6(weights, 4 * kPanel);
-    load_tile7(weights + 32, 4 * kPanel);
-    load_tile4(inputs, size_t{stride} * 2);
+  for (uint32_t k = 0; k < pairs; k += kTilePairs, x += 2 * kTilePairs) {
+    const uint16_t* w = source.next();
+    load_tile6(w, 4 * kPanel);
+    load_tile7(w + 32, 4 * kPanel);
+    load_tile4(x, size_t{stride} * 2);
     dot_bfloat16_0();
     dot_bfloat16_1();
     if (Both) {
-      load_tile5(inputs + size_t{16} * stride, size_t{stride} * 2);
+      load_tile5(x + size_t{16} * stride, size_t{stride} * 2);
       dot_bfloat16_2();
       dot_bfloat16_3();
     }
-  };
-  uint32_t k = 0;
-  for (; k + kTilePairs <= pairs; k += kTilePairs, w += kTilePairs * 2 * kPanel) {
-    const char* ahead = reinterpret_cast<const char*>(w) + kFetchAhead;
-    for (uint32_t line = 0; line < kTilePairs * 4 * kPanel; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-    dot(x + 2 * k, w);
   }
-  if (k == pairs) return;
-  // Inputs are padded with zeros, panels end.
-  alignas(64) uint16_t rest[kTilePairs * 2 * kPanel] = {};
-  memcpy(rest, w, size_t{pairs - k} * 4 * kPanel);
-  dot(x + 2 * k, rest);
 }
 
-inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, const uint16_t* w, uint32_t rows) {
-  if (rows > 16) {
-    sum_block<true>(x, stride, pairs, w);
-  } else {
-    sum_block<false>(x, stride, pairs, w);
-  }
+// Of the i-th panel that belongs to p.
+inline void sum_block(const Linear* job, Panels* panels, uint32_t p, uint32_t i, uint32_t row, uint32_t rows) {
+  const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
+  auto sum = [&](auto&& source) {
+    if (rows > 16) {
+      sum_block<true>(x, job->stride, job->pairs, source);
+    } else {
+      sum_block<false>(x, job->stride, job->pairs, source);
+    }
+  };
+  // A panel that many blocks of rows need is expanded once for all of them.
+  const bool once = job->rows > kBlockRows || job->weights.encoding == kPhBfloat16;
+  if (once) return sum(Ready(panels->at(p) + i * panels->stride(), job->pairs));
+  const uint32_t blocks = (2 * job->pairs + kBlock - 1) / kBlock;
+  if (job->weights.encoding == kPhInt4) return sum(Expanding<expand_int4>(panels->packed(p, i), blocks));
+  sum(Expanding<expand_int8>(panels->packed(p, i), blocks));
 }
 
 // The sums of a block into memory [rows][stride].
@@ -84,9 +130,8 @@ template <Then then>
 void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
   Panels panels(job, 1, expanded);
   over_blocks(job, first, last, [&](uint32_t row, uint32_t rows, uint32_t p) {
-    const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
     float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
-    sum_block(x, job->stride, job->pairs, panels.at(p), rows);
+    sum_block(job, &panels, p, 0, row, rows);
     if (then == Then::kStore) {
       store_block(out, job->output_stride, rows);
       return;
@@ -102,13 +147,11 @@ void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* ex
 void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
   Panels panels(job, 2, expanded);
   over_blocks(job, first, last, [&](uint32_t row, uint32_t rows, uint32_t p) {
-    const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
-    const uint16_t* gate = panels.at(p);
     uint16_t* out = static_cast<uint16_t*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
     alignas(64) float gates[kBlockRows * kPanel], ups[kBlockRows * kPanel];
-    sum_block(x, job->stride, job->pairs, gate, rows);
+    sum_block(job, &panels, p, 0, row, rows);
     store_block(gates, kPanel, rows);
-    sum_block(x, job->stride, job->pairs, gate + panels.stride(), rows);
+    sum_block(job, &panels, p, 1, row, rows);
     store_block(ups, kPanel, rows);
     for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
       for (uint32_t n = 0; n < kPanel; n += W)

@@ -14,13 +14,20 @@ inline vf half_to_float(vu bits) {
   return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
 }
 
+// Lane i has lane First + i / 2 of v.
+template <int First, int... I>
+inline vf twice(vf v, std::integer_sequence<int, I...>) {
+  return SHUFFLE(v, v, (First + I / 2)...);
+}
+
 // Each output's factor beside each of its pair's two inputs: float16 [32] into float [64].
 inline void spread(const uint16_t* halves, float* to) {
+  typedef std::make_integer_sequence<int, W> Lanes;
   for (uint32_t n = 0; n < kPanel; n += W) {
     const vh packed = *reinterpret_cast<const vh_unaligned*>(halves + n);
-    float factors[W];
-    store(factors, half_to_float(__builtin_convertvector(packed, vu)));
-    for (uint32_t i = 0; i < W; ++i) to[2 * (n + i)] = to[2 * (n + i) + 1] = factors[i];
+    const vf factors = half_to_float(__builtin_convertvector(packed, vu));
+    store(to + 2 * n, twice<0>(factors, Lanes{}));
+    store(to + 2 * n + W, twice<W / 2>(factors, Lanes{}));
   }
 }
 
@@ -50,49 +57,58 @@ inline vf code8(vu codes, uint32_t t) {
 
 inline vu load_codes(const uint8_t* from) { return *reinterpret_cast<const vu_unaligned*>(from); }
 
-// One panel into bfloat16 [16 blocks][32][2].
-inline void expand_int4(const uint8_t* block, uint32_t blocks, uint16_t* to) {
-  constexpr uint32_t kRows = 8;  // pairs of inputs that share a word
-  for (uint32_t b = 0; b < blocks; ++b, to += kBlock / 2 * 2 * kPanel) {
-    alignas(64) float scales[2 * kPanel], least[2 * kPanel];
-    spread(reinterpret_cast<const uint16_t*>(block), scales);
-    spread(reinterpret_cast<const uint16_t*>(block) + kPanel, least);
-    block += 4 * kPanel;
-    for (uint32_t half = 0; half < 2; ++half) {
-      for (uint32_t g = 0; g < 2; ++g, block += 128) {
-        for (uint32_t e = 0; e < 32; e += 2 * W) {
-          const uint32_t column = 32 * half + e;
-          const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
-          const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
-          const vf least_low = load(least + column), least_high = load(least + column + W);
-          for (uint32_t t = 0; t < kRows; ++t)
-            store_both(to + (kRows * g + t) * 2 * kPanel + column, code4(low, t) * scale_low + least_low,
-                       code4(high, t) * scale_high + least_high);
-        }
-      }
-    }
-  }
+constexpr uint32_t kBlockValues = kBlock * kPanel;
+constexpr uint32_t kFetchBlocks = 4;  // how many blocks ahead of the one that is expanded
+
+inline void fetch(const uint8_t* from, uint32_t bytes) {
+  for (uint32_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
-inline void expand_int8(const uint8_t* block, uint32_t blocks, uint16_t* to) {
-  constexpr uint32_t kRows = 4;
-  for (uint32_t b = 0; b < blocks; ++b, to += kBlock / 2 * 2 * kPanel) {
-    alignas(64) float scales[2 * kPanel];
-    spread(reinterpret_cast<const uint16_t*>(block), scales);
-    block += 2 * kPanel;
-    for (uint32_t half = 0; half < 2; ++half) {
-      for (uint32_t g = 0; g < 4; ++g, block += 128) {
-        for (uint32_t e = 0; e < 32; e += 2 * W) {
-          const uint32_t column = 32 * half + e;
-          const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
-          const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
-          for (uint32_t t = 0; t < kRows; ++t)
-            store_both(to + (kRows * g + t) * 2 * kPanel + column, code8(low, t) * scale_low,
-                       code8(high, t) * scale_high);
-        }
+// One block into bfloat16 [16][32][2]. Returns the next one.
+inline const uint8_t* expand_int4(const uint8_t* block, uint16_t* to) {
+  constexpr uint32_t kRows = 8;  // pairs of inputs that share a word
+  constexpr uint32_t kBytes = kPanel * (4 + kBlock / 2);
+  fetch(block + kFetchBlocks * kBytes, kBytes);
+  alignas(64) float scales[2 * kPanel], least[2 * kPanel];
+  spread(reinterpret_cast<const uint16_t*>(block), scales);
+  spread(reinterpret_cast<const uint16_t*>(block) + kPanel, least);
+  block += 4 * kPanel;
+  for (uint32_t half = 0; half < 2; ++half) {
+    for (uint32_t g = 0; g < 2; ++g, block += 128) {
+      for (uint32_t e = 0; e < 32; e += 2 * W) {
+        const uint32_t column = 32 * half + e;
+        const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
+        const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
+        const vf least_low = load(least + column), least_high = load(least + column + W);
+        for (uint32_t t = 0; t < kRows; ++t)
+          store_both(to + (kRows * g + t) * 2 * kPanel + column, code4(low, t) * scale_low + least_low,
+                     code4(high, t) * scale_high + least_high);
       }
     }
   }
+  return block;
+}
+
+inline const uint8_t* expand_int8(const uint8_t* block, uint16_t* to) {
+  constexpr uint32_t kRows = 4;
+  constexpr uint32_t kBytes = kPanel * (2 + kBlock);
+  fetch(block + kFetchBlocks * kBytes, kBytes);
+  alignas(64) float scales[2 * kPanel];
+  spread(reinterpret_cast<const uint16_t*>(block), scales);
+  block += 2 * kPanel;
+  for (uint32_t half = 0; half < 2; ++half) {
+    for (uint32_t g = 0; g < 4; ++g, block += 128) {
+      for (uint32_t e = 0; e < 32; e += 2 * W) {
+        const uint32_t column = 32 * half + e;
+        const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
+        const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
+        for (uint32_t t = 0; t < kRows; ++t)
+          store_both(to + (kRows * g + t) * 2 * kPanel + column, code8(low, t) * scale_low,
+                     code8(high, t) * scale_high);
+      }
+    }
+  }
+  return block;
 }
 
 // The panels of a job, `together` of them at a time: 2 for gate and up.
@@ -107,17 +123,22 @@ class Panels {
   // Elements from the first panel to the second.
   size_t stride() const { return stride_; }
 
-  // Panels [p * together, (p + 1) * together).
+  // As they lie in memory: the i-th of the panels that belong to p.
+  const uint8_t* packed(uint32_t p, uint32_t i) const {
+    return static_cast<const uint8_t*>(job_->weights.panels) +
+           (size_t{p} * together_ + i) * panel_size(job_->weights.encoding, job_->pairs);
+  }
+
+  // Panels [p * together, (p + 1) * together), expanded.
   const uint16_t* at(uint32_t p) {
-    const uint32_t encoding = job_->weights.encoding;
-    const size_t size = panel_size(encoding, job_->pairs);
-    const uint8_t* from = static_cast<const uint8_t*>(job_->weights.panels) + p * together_ * size;
-    if (encoding == kPhBfloat16) return reinterpret_cast<const uint16_t*>(from);
+    if (job_->weights.encoding == kPhBfloat16) return reinterpret_cast<const uint16_t*>(packed(p, 0));
     if (held_ == p) return expanded_;
     held_ = p;
-    const uint32_t blocks = (2 * job_->pairs + kBlock - 1) / kBlock;
     for (uint32_t i = 0; i < together_; ++i) {
-      (encoding == kPhInt4 ? expand_int4 : expand_int8)(from + i * size, blocks, expanded_ + i * stride_);
+      const uint8_t* block = packed(p, i);
+      for (size_t to = i * stride_; to < (i + 1) * stride_; to += kBlockValues)
+        block =
+            job_->weights.encoding == kPhInt4 ? expand_int4(block, expanded_ + to) : expand_int8(block, expanded_ + to);
     }
     return expanded_;
   }

@@ -55,6 +55,12 @@ inline uint16_t to_bfloat16(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (vi){__VA_ARGS__})
+#endif
+
 // Rounded as to_bfloat16() rounds.
 inline void store(uint16_t* p, vf v) {
   const vu bits = reinterpret_cast<vu>(v);

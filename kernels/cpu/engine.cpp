@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <algorithm>
 #include <memory>
@@ -13,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "crew.h"
 #include "isa.h"
 #include "matrix.h"
 #include "processor.h"
@@ -58,13 +60,14 @@ struct PhEngine {
   PhPool pool{};
   const IsaTable* isa;
   ThreadPool threads;
+  Crew crew;
   Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
   std::vector<QueryBlock> blocks;
   std::vector<uint32_t> sampled;  // chunks that sample
 
   PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
-      : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count) {
+      : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count), crew(thread_count) {
     model.layer = layers.data();
   }
 
@@ -91,7 +94,7 @@ struct PhEngine {
   // Panels in pieces: about four for each thread, and never less than what one claim is worth.
   template <class F>
   void over_panels(uint32_t panels, uint32_t rows, F&& f) {
-    const uint32_t wanted = threads.size() == 1 ? 1 : threads.size() * 4;
+    const uint32_t wanted = threads.used() == 1 ? 1 : threads.used() * 4;
     const uint32_t least = rows <= 2 ? 2 : 1;
     uint32_t size = ceil_div(panels, wanted);
     if (size < least) size = least;
@@ -111,6 +114,7 @@ struct PhEngine {
   uint32_t plan(const PhChunk* chunks, uint32_t count);
   void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);
   int step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits);
+  int watched_step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits);
 };
 
 void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride) {
@@ -131,7 +135,7 @@ void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t s
 // Into `normed`, in the type that linears take.
 void PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride) {
   uint8_t* out = normed.get<uint8_t>(size_t{rows} * stride * isa->input_size);
-  const uint32_t size = rows <= 4 ? rows : ceil_div(rows, threads.size() * 4);
+  const uint32_t size = rows <= 4 ? rows : ceil_div(rows, threads.used() * 4);
   parallel(ceil_div(rows, size), [&](uint32_t piece, uint32_t) {
     for (uint32_t r = piece * size; r < rows && r < (piece + 1) * size; ++r)
       isa->norm(x + size_t{r} * stride, weight, model.hidden, stride, model.rms_norm_eps,
@@ -290,6 +294,27 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
   return 0;
 }
 
+double seconds_now() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
+// A step, and what it says about how many threads the next one should use.
+int PhEngine::watched_step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
+                           float* all_logits) {
+  const double begun = seconds_now();
+  const uint64_t ticks = __builtin_ia32_rdtsc();
+  threads.take_waited();
+  const int result = step(chunks, count, tokens, logprobs, all_logits);
+  const double now = seconds_now(), passed = static_cast<double>(__builtin_ia32_rdtsc() - ticks);
+  uint32_t rows = 0;
+  for (uint32_t c = 0; c < count; ++c) rows += chunks[c].count;
+  crew.learn(rows, now - begun, (now - begun) * static_cast<double>(threads.take_waited()) / passed, now);
+  if (crew.size() != threads.used()) threads.use(crew.size());
+  return result;
+}
+
 void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to) {
   const uint32_t rows = plan(chunks, count), outputs = model.heads * model.head_dim;
   const uint32_t inputs = outputs + 2 * model.kv_heads * model.head_dim;
@@ -338,7 +363,7 @@ const char* pagehold_isa(const PhEngine* engine) { return engine->isa->name; }
 int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
                   float* all_logits) {
   try {
-    return engine->step(chunks, count, tokens, logprobs, all_logits);
+    return engine->watched_step(chunks, count, tokens, logprobs, all_logits);
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -25,7 +25,7 @@ void futex_wake_all(std::atomic<uint32_t>* word) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(uint32_t threads) {
+ThreadPool::ThreadPool(uint32_t threads) : used_(threads) {
   for (uint32_t thread = 1; thread < threads; ++thread) {
     workers_.emplace_back([this, thread] { work(thread); });
     pthread_setname_np(workers_.back().native_handle(), "kernel");
@@ -34,14 +34,26 @@ ThreadPool::ThreadPool(uint32_t threads) {
 
 ThreadPool::~ThreadPool() {
   stop_.store(true);
+  use(size());
   epoch_.fetch_add(1);
   futex_wake_all(&epoch_);
   for (auto& worker : workers_) worker.join();
 }
 
+void ThreadPool::use(uint32_t threads) {
+  used_.store(threads);
+  futex_wake_all(&used_);
+}
+
+uint64_t ThreadPool::take_waited() {
+  const uint64_t waited = waited_;
+  waited_ = 0;
+  return waited;
+}
+
 void ThreadPool::run(uint32_t pieces, Piece piece, void* job) {
   if (pieces == 0) return;
-  if (workers_.empty() || pieces == 1) {
+  if (used() == 1 || pieces == 1) {
     for (uint32_t i = 0; i < pieces; ++i) piece(job, i, 0);
     return;
   }
@@ -56,6 +68,8 @@ void ThreadPool::run(uint32_t pieces, Piece piece, void* job) {
   }
   // Only pieces are waited for, not threads: a worker that lost its processor before it
   // claimed one holds up nobody.
+  if (done_.load(std::memory_order_acquire) == pieces) return;
+  const uint64_t start = __builtin_ia32_rdtsc();
   for (int spins = 0; done_.load(std::memory_order_acquire) != pieces; ++spins) {
     if (spins < kSpins) {
       _mm_pause();
@@ -63,6 +77,7 @@ void ThreadPool::run(uint32_t pieces, Piece piece, void* job) {
       sched_yield();
     }
   }
+  waited_ += __builtin_ia32_rdtsc() - start;
 }
 
 bool ThreadPool::claim_and_run(uint32_t thread) {
@@ -77,20 +92,24 @@ bool ThreadPool::claim_and_run(uint32_t thread) {
   return true;
 }
 
-bool ThreadPool::wait_for_job(uint32_t seen) {
+void ThreadPool::wait_for_turn(uint32_t thread) {
+  for (uint32_t used = used_.load(); used <= thread; used = used_.load()) futex_wait(&used_, used);
+}
+
+void ThreadPool::wait_for_job(uint32_t seen) {
   for (int spins = 0; spins < kSpins; ++spins) {
-    if (epoch_.load(std::memory_order_acquire) != seen) return true;
+    if (epoch_.load(std::memory_order_acquire) != seen) return;
     _mm_pause();
   }
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (epoch_.load(std::memory_order_seq_cst) == seen) futex_wait(&epoch_, seen);
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
-  return true;
 }
 
 void ThreadPool::work(uint32_t thread) {
   uint32_t seen = 0;
   while (!stop_.load(std::memory_order_acquire)) {
+    wait_for_turn(thread);
     wait_for_job(seen);
     seen = epoch_.load(std::memory_order_acquire);
     while (claim_and_run(thread)) {

@@ -50,6 +50,7 @@ int main() {
     // Two jobs in turn: a late worker that mixed them up would count in the wrong one.
     const std::unique_ptr<Job> jobs[2] = {std::make_unique<Job>(), std::make_unique<Job>()};
     for (uint32_t n = 0; n < kJobs; ++n) {
+      if (n % 500 == 0) pool.use(1 + n / 500 % threads);
       Job* job = jobs[n % 2].get();
       job->pieces = n * 31 % (kMostPieces + 1);
       job->threads = threads;
@@ -68,6 +69,7 @@ int main() {
       printf("%u threads: a piece out of range, or two at once on one thread\n", threads);
       return 1;
     }
+    pool.use(threads);
     sleep_ms(20);
     const double before = processor_seconds();
     sleep_ms(200);

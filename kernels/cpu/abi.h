@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 3u
+#define PAGEHOLD_ABI_VERSION 4u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
@@ -55,10 +55,11 @@ struct PhSampling {
 
 // Positions [start, start + count) of one sequence.
 struct PhChunk {
-  const uint32_t* tokens;  // [.. start + count), by position
-  const uint64_t* row;     // block table: page id in the low half of each entry
+  uint32_t* tokens;     // [.. start + count), by position
+  const uint64_t* row;  // block table: page id in the low half of each entry
   const PhSampling* sampling;
-  uint32_t start, count, write_from, sample;
+  uint32_t start, count, write_from;
+  uint32_t sample;  // after how many of the last positions a token is sampled; all but the first of them hold drafts
 };
 
 struct PhPool {
@@ -76,10 +77,16 @@ PAGEHOLD_API void pagehold_map_pool(PhEngine* engine, const PhPool* pool);
 // Space-separated names of the instruction sets that this machine can run.
 PAGEHOLD_API const char* pagehold_isas(void);
 PAGEHOLD_API const char* pagehold_isa(const PhEngine* engine);
-// Computes all chunks. tokens, logprobs: [chunks]. all_logits: null, or [positions of all chunks, vocab].
-// Returns 0, or 1 when memory ran out.
+// Computes all chunks. tokens, logprobs: [chunks]; 0 where nothing is sampled. accepted: [chunks], how many drafts were
+// what is sampled in their place; `tokens` holds what is sampled after those. draft_logprobs: [drafts of all chunks],
+// of the accepted ones. Both may be null where no chunk has drafts. all_logits: null, or [positions of all chunks,
+// vocab]. Returns 0, or 1 when memory ran out.
 PAGEHOLD_API int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens,
-                               float* logprobs, float* all_logits);
+                               float* logprobs, uint32_t* accepted, float* draft_logprobs, float* all_logits);
+// Puts drafts behind chunks that sample one token: into their tokens, with `count` and `sample` raised. drafts:
+// [chunks], how many a chunk may get, and then how many it has got; room: how many all of them may get. Returns as
+// pagehold_step does.
+PAGEHOLD_API int pagehold_draft(PhChunk* chunks, uint32_t count, uint32_t* drafts, uint32_t room);
 
 // For tests. What a step does between the qkv and the output projection of one layer. qkv: float [positions of all
 // chunks, (heads + 2 kv_heads) head_dim], before rotary. output: float [positions, heads head_dim].

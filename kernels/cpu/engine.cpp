@@ -52,6 +52,30 @@ struct QueryBlock {
   uint32_t chunk, kv_head, first, last;
 };
 
+struct Results {
+  uint32_t* tokens;
+  float* logprobs;
+  uint32_t* accepted;
+  float* draft_logprobs;
+};
+
+// A position of a chunk after which a token is sampled.
+struct Place {
+  uint32_t chunk, index;
+};
+
+// A draft is right where it is what was sampled after the right ones before it. found: by sampled position of the
+// chunk.
+void accept(const PhChunk& chunk, const Sampled* found, uint32_t c, uint32_t drafts, const Results& results) {
+  const uint32_t* draft = chunk.tokens + chunk.start + chunk.count - chunk.sample + 1;
+  uint32_t right = 0;
+  for (; right + 1 < chunk.sample && found[right].token == draft[right]; ++right)
+    results.draft_logprobs[drafts + right] = found[right].logprob;
+  results.tokens[c] = found[right].token;
+  results.logprobs[c] = found[right].logprob;
+  if (results.accepted != nullptr) results.accepted[c] = right;
+}
+
 }  // namespace
 
 struct PhEngine {
@@ -64,7 +88,7 @@ struct PhEngine {
   Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
   std::vector<QueryBlock> blocks;
-  std::vector<uint32_t> sampled;  // chunks that sample
+  std::vector<Place> sampled;
 
   PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
       : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count), crew(thread_count) {
@@ -113,8 +137,8 @@ struct PhEngine {
   void attention(uint32_t index, const PhChunk* chunks, uint32_t count);
   uint32_t plan(const PhChunk* chunks, uint32_t count);
   void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);
-  int step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits);
-  int watched_step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits);
+  int step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
+  int watched_step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
 };
 
 void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride) {
@@ -241,7 +265,7 @@ uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
   for (uint32_t c = 0; c < count; ++c) {
     row_of.push_back(rows);
     rows += chunks[c].count;
-    if (chunks[c].sample) sampled.push_back(c);
+    for (uint32_t i = chunks[c].count - chunks[c].sample; i < chunks[c].count; ++i) sampled.push_back({c, i});
     for (uint32_t first = 0; first < chunks[c].count; first += kQueryBlock)
       for (uint32_t head = 0; head < model.kv_heads; ++head)
         blocks.push_back({c, head, first, std::min(first + kQueryBlock, chunks[c].count)});
@@ -252,7 +276,7 @@ uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
   return rows;
 }
 
-int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs, float* all_logits) {
+int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits) {
   const uint32_t stride = pad32(model.hidden), vocab_stride = pad32(model.vocab);
   const uint32_t rows = plan(chunks, count);
   float* x = residual.get<float>(size_t{rows} * stride);
@@ -261,16 +285,17 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
   embed(chunks, count, x, stride);
   for (uint32_t index = 0; index < model.layers; ++index) layer(index, chunks, count, rows, x);
 
-  // Rows whose logits are wanted, side by side: all of them for a test, else the last of each sampling chunk.
+  // Rows whose logits are wanted, side by side: all of them for a test, else those that are sampled after.
   const uint32_t wanted = all_logits != nullptr ? rows : static_cast<uint32_t>(sampled.size());
   for (uint32_t c = 0; c < count; ++c) {
-    tokens[c] = 0;
-    logprobs[c] = 0;
+    results.tokens[c] = 0;
+    results.logprobs[c] = 0;
+    if (results.accepted != nullptr) results.accepted[c] = 0;
   }
   if (wanted == 0) return 0;
   uint8_t* inputs = head_input.get<uint8_t>(size_t{wanted} * stride * isa->input_size);
   for (uint32_t i = 0; i < wanted; ++i) {
-    const uint32_t row = all_logits != nullptr ? i : row_of[sampled[i]] + chunks[sampled[i]].count - 1;
+    const uint32_t row = all_logits != nullptr ? i : row_of[sampled[i].chunk] + sampled[i].index;
     isa->norm(x + size_t{row} * stride, model.final_norm, model.hidden, stride, model.rms_norm_eps,
               inputs + size_t{i} * stride * isa->input_size);
   }
@@ -284,13 +309,18 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, floa
       memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);
     return 0;
   }
+  std::vector<Sampled> found(wanted);
   parallel(wanted, [&](uint32_t i, uint32_t) {
-    const PhChunk& chunk = chunks[sampled[i]];
-    const Sampled result = sample(*isa, out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens,
-                                  chunk.start + chunk.count);
-    tokens[sampled[i]] = result.token;
-    logprobs[sampled[i]] = result.logprob;
+    const PhChunk& chunk = chunks[sampled[i].chunk];
+    found[i] = sample(*isa, out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens,
+                      chunk.start + sampled[i].index + 1);
   });
+  for (uint32_t first = 0, drafts = 0; first < wanted;) {
+    const uint32_t c = sampled[first].chunk, behind = chunks[c].sample - 1;
+    accept(chunks[c], found.data() + first, c, drafts, results);
+    first += behind + 1;
+    drafts += behind;
+  }
   return 0;
 }
 
@@ -301,12 +331,11 @@ double seconds_now() {
 }
 
 // A step, and what it says about how many threads the next one should use.
-int PhEngine::watched_step(const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
-                           float* all_logits) {
+int PhEngine::watched_step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits) {
   const double begun = seconds_now();
   const uint64_t ticks = __builtin_ia32_rdtsc();
   threads.take_waited();
-  const int result = step(chunks, count, tokens, logprobs, all_logits);
+  const int result = step(chunks, count, results, all_logits);
   const double now = seconds_now(), passed = static_cast<double>(__builtin_ia32_rdtsc() - ticks);
   uint32_t rows = 0;
   for (uint32_t c = 0; c < count; ++c) rows += chunks[c].count;
@@ -361,9 +390,9 @@ void pagehold_map_pool(PhEngine* engine, const PhPool* pool) { engine->pool = *p
 const char* pagehold_isa(const PhEngine* engine) { return engine->isa->name; }
 
 int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
-                  float* all_logits) {
+                  uint32_t* accepted, float* draft_logprobs, float* all_logits) {
   try {
-    return engine->watched_step(chunks, count, tokens, logprobs, all_logits);
+    return engine->watched_step(chunks, count, {tokens, logprobs, accepted, draft_logprobs}, all_logits);
   } catch (const std::bad_alloc&) {
     return 1;
   }

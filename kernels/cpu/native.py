@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 
 
 class NativeError(Exception):
@@ -172,7 +172,8 @@ def library(path: Path | None = None) -> Any:
         "pagehold_map_pool": (None, [pointer, pointer]),
         "pagehold_isas": (c_char_p, []),
         "pagehold_isa": (c_char_p, [pointer]),
-        "pagehold_step": (c_int, [pointer, pointer, number, pointer, pointer, pointer]),
+        "pagehold_step": (c_int, [pointer, pointer, number, *[pointer] * 5]),
+        "pagehold_draft": (c_int, [pointer, number, pointer, number]),
         "pagehold_attend": (c_int, [pointer, number, pointer, number, pointer, pointer]),
         "pagehold_sample": (c_int, [pointer, pointer, pointer, pointer, number, pointer, pointer]),
     }
@@ -256,23 +257,39 @@ class NativeModel:
         self._library.pagehold_map_pool(self._engine, byref(_Pool(base=address, pages=pages, page_size=page_size)))
 
     def step(
-        self, chunks: npt.NDArray[np.void], tokens: npt.NDArray[np.uint32], logprobs: npt.NDArray[np.float32]
+        self,
+        chunks: npt.NDArray[np.void],
+        tokens: npt.NDArray[np.uint32],
+        logprobs: npt.NDArray[np.float32],
+        accepted: npt.NDArray[np.uint32] | None = None,
+        draft_logprobs: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """chunks: CHUNK [n]; tokens, logprobs: [n], written. Raises NativeError when memory runs out."""
-        if self._library.pagehold_step(
-            self._engine, chunks.ctypes.data, len(chunks), tokens.ctypes.data, logprobs.ctypes.data, None
-        ):
-            raise NativeError("out of memory in a step")
+        """chunks: CHUNK [n]; tokens, logprobs: [n], written. Raises NativeError when memory runs out.
+
+        With drafts also accepted: [n], and draft_logprobs: [drafts]; see abi.h.
+        """
+        self._step(chunks, tokens, logprobs, accepted, draft_logprobs, None)
 
     def logits(self, chunks: npt.NDArray[np.void]) -> npt.NDArray[np.float32]:
         """Like `step`, with the logits of every position: float32 [positions, vocab]."""
         tokens, logprobs = np.zeros(len(chunks), np.uint32), np.zeros(len(chunks), np.float32)
         out = np.empty((int(chunks["count"].sum()), self._shape.vocab), np.float32)
-        if self._library.pagehold_step(
-            self._engine, chunks.ctypes.data, len(chunks), tokens.ctypes.data, logprobs.ctypes.data, out.ctypes.data
-        ):
-            raise NativeError("out of memory in a step")
+        self._step(chunks, tokens, logprobs, None, None, out)
         return out
+
+    def _step(self, chunks: npt.NDArray[np.void], *results: npt.NDArray[Any] | None) -> None:
+        addresses = [None if array is None else array.ctypes.data for array in results]
+        if self._library.pagehold_step(self._engine, chunks.ctypes.data, len(chunks), *addresses):
+            raise NativeError("out of memory in a step")
+
+    def draft(self, chunks: npt.NDArray[np.void], drafts: npt.NDArray[np.uint32], room: int) -> int:
+        """Puts drafts behind chunks that sample one token; how many in all.
+
+        drafts: [n], how many each may get, and then how many it has got; room: all together.
+        """
+        if self._library.pagehold_draft(chunks.ctypes.data, len(chunks), drafts.ctypes.data, room):
+            raise NativeError("out of memory in a step")
+        return int(drafts.sum())
 
     def attend(self, layer: int, chunks: npt.NDArray[np.void], qkv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """For tests: norm, rotary, append and attention of one layer.

@@ -115,6 +115,7 @@ class ExecutorSettings(DevicePoolSettings):
     max_model_len: int | None = Field(None, gt=0, description="tokens, prompt and answer; default: the model's")
     max_num_seqs: int = Field(128, ge=1, le=4096, description="sequences that run at once")
     max_batch_tokens: int | None = Field(None, ge=16, description="tokens in one step; default: CPUs 512, GPUs 2048")
+    speculation: Literal["ngram", "off"] = Field("ngram", description="CPU: guess tokens from what came before them")
     prefix_cache: bool = Field(True, description="share pages of equal prefixes")
     fork: bool = Field(True, description="outputs of one request share the pages of their prompt; off for debugging")
     threads: int | None = Field(None, ge=1, description="compute threads; default: the processors of this process")

@@ -16,9 +16,10 @@ written by the step that is under way: those calls, and all behind them, are sen
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
+import numpy as np
 import structlog
 
 from kvmanager.layout import Reason
@@ -86,6 +87,8 @@ class Engine:
         self.progress = progress
         self.prefill_tokens = 0
         self.decode_tokens = 0
+        self.draft_tokens = 0  # tried
+        self.accepted_tokens = 0  # of them, that were right
         self._send = send
         self._clock = clock
         self._hang_seconds = hang_seconds
@@ -126,7 +129,7 @@ class Engine:
         if not plan.chunks and landing is None:
             publisher.publish(self._connections)
             return False
-        self._begin(plan.positions + (landing.plan.positions if landing is not None else 0))
+        self._begin(plan.positions + plan.drafts + (landing.plan.positions if landing is not None else 0))
         if plan.chunks:
             flight = self._submit(plan)
             if self.runner.depth:
@@ -164,7 +167,7 @@ class Engine:
     def _submit(self, plan: Plan) -> Flight:
         failpoint.hit("executor.run.before")
         ticket = self.runner.submit(plan.chunks)
-        for sequence, (_, start, count, _, samples) in zip(plan.sequences, plan.chunks, strict=True):
+        for sequence, (_, start, count, _, samples, _) in zip(plan.sequences, plan.chunks, strict=True):
             sequence.computed = start + count
             if samples:
                 sequence.known = start + count + 1
@@ -183,27 +186,38 @@ class Engine:
             self._commit(landing.plan, self._collect(landing))
 
     def _commit(self, plan: Plan, result: StepResult) -> None:
-        """Token and log-probability first, then the progress word by one store."""
-        committed = decoded = dropped = 0
-        tokens, logprobs = result.tokens.tolist(), result.logprobs.tolist()
-        for sequence, chunk, token, logprob in zip(plan.sequences, plan.chunks, tokens, logprobs, strict=True):
-            _, start, count, _, samples = chunk
+        """Tokens and log-probabilities first, then the progress word by one store."""
+        committed = decodes = decoded = dropped = 0
+        tokens, logprobs, drafts = result.tokens.tolist(), result.logprobs.tolist(), result.drafts
+        tries = [0] * len(tokens) if drafts is None else drafts.tried.tolist()
+        accepted = iter(()) if drafts is None else self._accept(plan, result)
+        for sequence, chunk, token, logprob, tried in zip(
+            plan.sequences, plan.chunks, tokens, logprobs, tries, strict=True
+        ):
+            _, start, count, _, samples, _ = chunk
             if sequence.row < 0:
+                assert not tried, "a runner that drafts is of depth 0"
                 dropped += count  # it ended, or lost its row, while the step was under way
                 continue
-            output, known, computed = sequence.log, sequence.committed, start + count
+            output, known, computed, right = sequence.log, sequence.committed, start + count, 0
             if samples:
+                if tried:
+                    right, token, logprob = next(accepted)
+                    computed += right
                 output.tokens[computed] = token
                 failpoint.hit("executor.token.after")
                 if output.logprobs is not None:
                     output.logprobs[computed] = logprob
                 known = computed + 1
-                committed += 1
-                decoded += count == 1
+                committed += 1 + right
+                if count == 1:
+                    decodes, decoded = decodes + 1, decoded + 1 + right
             failpoint.hit("executor.commit.before")
             output.set_progress(computed, known)
             failpoint.hit("executor.commit.after")
             sequence.settled, sequence.committed = computed, known
+            if right:
+                sequence.computed, sequence.known = computed, known
             if samples:
                 length = known - sequence.prompt_length
                 reason = sequence.request.rules.reason(token, length)
@@ -211,9 +225,35 @@ class Engine:
                     self.requests.end(sequence, reason, length)
                 publisher.mark(sequence)
         self.decode_tokens += decoded
-        self.prefill_tokens += plan.positions - decoded - dropped
-        self._pace.learn(plan.positions, self._clock() - self._began)
+        self.prefill_tokens += plan.positions - decodes - dropped
+        self._pace.learn(plan.positions + plan.drafts, self._clock() - self._began)
         self.progress.end_turn(committed, self._hang_seconds)
+
+    def _accept(self, plan: Plan, result: StepResult) -> Iterator[tuple[int, int, float]]:
+        """For each chunk that tried drafts: how many of them are kept, and what comes after: token, log-probability.
+
+        The kept ones are in the log, where the runner put them; here their log-probabilities follow.
+        """
+        assert result.drafts is not None and self.scheduler.drafts is not None
+        first = 0  # of the chunk's log-probabilities
+        for number in np.flatnonzero(result.drafts.tried).tolist():
+            sequence, chunk = plan.sequences[number], plan.chunks[number]
+            tried, right = int(result.drafts.tried[number]), int(result.drafts.right[number])
+            token, logprob = int(result.tokens[number]), float(result.logprobs[number])
+            output, start = sequence.log, chunk.start + chunk.count
+            logprobs = result.drafts.logprobs[first : first + right]
+            first += tried
+            self.draft_tokens += tried
+            self.accepted_tokens += right
+            sequence.drafting.learn(start + right + 1, tried, right, self.scheduler.drafts.each)
+            # One that ends the output is its last token, whatever was right behind it.
+            for kept, draft in enumerate(output.tokens[start : start + right].tolist()):
+                if sequence.request.rules.reason(draft, start + kept + 1 - sequence.prompt_length) is not Reason.NONE:
+                    right, token, logprob = kept, draft, float(logprobs[kept])
+                    break
+            if output.logprobs is not None:
+                output.logprobs[start : start + right] = logprobs[:right]
+            yield right, token, logprob
 
     def _handle(self, event: Event) -> None:
         match event:

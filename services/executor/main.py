@@ -208,7 +208,10 @@ class _Executor:
 
     def _make_engine(self, link: KvLink, loop: asyncio.AbstractEventLoop, progress: Progress) -> Engine:
         settings, runner = self._settings, self._backend.runner
-        scheduler = Scheduler(settings.page_size, settings.max_num_seqs, self._backend.max_batch_tokens, _PARK_AFTER)
+        most = self._backend.max_batch_tokens
+        if runner.drafts is not None:
+            runner.drafts = runner.drafts.within(most) if settings.speculation == "ngram" else None
+        scheduler = Scheduler(settings.page_size, settings.max_num_seqs, most, _PARK_AFTER, runner.drafts)
         requests = Requests(scheduler, self._pool, runner, self._state.records, self._model.eos_token_ids)
         frontends = Frontends(requests, self._pool, settings.prefix_cache)
         pages = Pages(scheduler, requests, runner, self._pool, settings.prefix_cache, settings.fork)
@@ -271,6 +274,7 @@ class _Executor:
             dtype=settings.dtype,
             kv_dtype=self._kv_dtype,
             deterministic=self._backend.runner.deterministic,
+            speculation="off" if self._backend.runner.drafts is None else settings.speculation,
         )
         server = grpc.aio.server(options=server_options())
         servicer = ExecutorServicer(description, self._pool, engine, self._inbox)

@@ -1,7 +1,7 @@
 """Who computes what in the next step: a pure plan over sequences, without clock or I/O.
 
 Decodes come first, one position each, so that no stream waits for a neighbour's prompt;
-what is left of the token budget goes to prompts in order of arrival.
+what is left of the token budget goes to prompts in order of arrival. A step of few positions may have drafts besides.
 
 The step before may still be under way: a plan counts its positions as computed and its tokens as known.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import insort
 from typing import NamedTuple
 
-from services.executor.runner.base import Chunk
+from services.executor.runner.base import Chunk, DraftLimits
 from services.executor.sequence import Phase, Sequence
 
 
@@ -20,20 +20,32 @@ class Plan(NamedTuple):
 
     sequences: list[Sequence]
     chunks: list[Chunk]
+    drafts: int = 0  # at most, of all chunks
 
     @property
     def positions(self) -> int:
+        """Without drafts."""
         return sum(chunk.count for chunk in self.chunks)
 
 
 class Scheduler:
     """The waiting and the running sequences, each in order of priority, then arrival."""
 
-    def __init__(self, page_size: int, max_num_seqs: int, max_batch_tokens: int, park_after: int) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        park_after: int,
+        drafts: DraftLimits | None = None,
+    ) -> None:
+        """drafts: the runner's; a step with drafts is within `max_batch_tokens`, for `drafts.rows` is."""
+        assert drafts is None or drafts.rows <= max_batch_tokens
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
         self.park_after = park_after  # unread tokens of a detached output
+        self.drafts = drafts
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -83,6 +95,7 @@ class Scheduler:
                 sequences.append(sequence)
                 chunks.append(Chunk(sequence.lane, sequence.known - 1, 1, sequence.computed, True))
                 budget -= 1
+        decodes = len(chunks)
         for sequence in prefills:
             count = min(sequence.known - sequence.computed, sequence.capacity - sequence.computed, budget)
             if count <= 0 or self.parked(sequence):
@@ -91,7 +104,26 @@ class Scheduler:
             sequences.append(sequence)
             chunks.append(Chunk(sequence.lane, sequence.computed, count, sequence.computed, samples))
             budget -= count
-        return Plan(sequences, chunks)
+        drafts = self._draft(sequences[:decodes], chunks) if self.drafts is not None else 0
+        return Plan(sequences, chunks, drafts)
+
+    def _draft(self, sequences: list[Sequence], chunks: list[Chunk]) -> int:
+        """Says how many drafts each of the decodes, which come first, may have; how many there can be in all."""
+        assert self.drafts is not None
+        each, room = self.drafts.each, self.drafts.room(sum(chunk.count for chunk in chunks))
+        if not room:
+            return 0
+        wanted = 0
+        for number, sequence in enumerate(sequences):
+            known, drafting = sequence.known, sequence.drafting
+            if known < drafting.resumes_at:
+                continue
+            # Within the row; and the token after the last of them still has its place in the log.
+            most = min(drafting.allowed, each, sequence.capacity - known, sequence.limit - known)
+            if most > 0:
+                chunks[number] = chunks[number]._replace(drafts=most)
+                wanted += most
+        return min(wanted, room)
 
     def admissible(self) -> int:
         """How many more sequences may get a row."""

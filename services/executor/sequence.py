@@ -4,7 +4,7 @@ Everything here can be made again from the record, the log and the tables: `load
 for a new request, for a client that comes back, and after a death, alike.
 
 A sequence is two numbers, `computed` <= `known`. A step raises `computed`; when it reaches
-`known`, a token is sampled and `known` grows by one.
+`known`, a token is sampled and `known` grows by one, or by more where guesses at the tokens after it were right.
 
         0 ............ computed ............ known ............ limit
         K/V in pages,  | tokens known,       | nothing yet
@@ -43,6 +43,7 @@ from kvmanager.layout import OutputLog, Reason, RequestLog
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.mapping import map_shared
 from pagehold.v1 import inference_pb2 as api
+from services.executor.drafting import Drafting
 from services.executor.runner.base import Lane, SamplingParams
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Sequence:
     cached_tokens: int = 0
     cursor: int = 0  # the next of the output's tokens that its stream wants
     end_sent: bool = False
+    drafting: Drafting = field(default_factory=Drafting)
     prompt_length: int = field(init=False)
     # K/V positions that the sequence can come to need: its last token is never fed.
     limit: int = field(init=False)

@@ -32,6 +32,7 @@ class Description:
     dtype: str
     kv_dtype: str
     deterministic: bool
+    speculation: str
 
 
 class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
@@ -62,6 +63,7 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
             dtype=described.dtype,
             kv_dtype=described.kv_dtype,
             deterministic=described.deterministic,
+            speculation=described.speculation,
             epoch=self._pool.epoch,
             page_size=self._pool.page_size,
             pages=self._pool.pages - 1,
@@ -82,6 +84,8 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
             prefill_tokens=self._engine.prefill_tokens,
             decode_tokens=self._engine.decode_tokens,
             preemptions=self._engine.pages.preemptions,
+            draft_tokens=self._engine.draft_tokens,
+            accepted_tokens=self._engine.accepted_tokens,
         )
 
     async def Connect(

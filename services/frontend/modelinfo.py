@@ -36,6 +36,7 @@ class ModelServicer(api_grpc.ModelServiceServicer):
             dtype=described.dtype,
             kv_dtype=described.kv_dtype,
             deterministic=described.deterministic,
+            speculation=described.speculation,
             epoch=described.epoch,
             page_size=described.page_size,
             pages=described.pages,
@@ -55,6 +56,8 @@ class ModelServicer(api_grpc.ModelServiceServicer):
             prefill_tokens=load.prefill_tokens,
             decode_tokens=load.decode_tokens,
             preemptions=load.preemptions,
+            draft_tokens=load.draft_tokens,
+            accepted_tokens=load.accepted_tokens,
         )
 
 

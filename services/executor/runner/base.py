@@ -1,7 +1,8 @@
 """What the executor asks of a device: run one step over sequences whose K/V live in pages.
 
 A runner never touches progress words, rows or records: it reads tokens and block tables
-in place, writes K/V into pages, and returns the sampled tokens.
+in place, writes K/V into pages, and returns the sampled tokens. One that drafts (`Runner.drafts`) also writes tokens
+into the slots behind a chunk, which hold nothing yet, and computes the chunk on over them.
 
     submit a | submit b | collect a | submit c | collect b     a runner of depth 1: the host plans b while a runs
     submit a | collect a | submit b | collect b                one of depth 0
@@ -64,11 +65,36 @@ class Chunk(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of a chunk
     write_from: int  # K/V is written only at positions >= this
     sample: bool  # sample the token at position start + count
+    drafts: int = 0  # so many positions more may be computed and sampled after, over guesses at their tokens
+
+
+class Drafts(NamedTuple):
+    """What became of the drafts of a step. The right ones of a chunk are in its lane, from start + count on."""
+
+    tried: U32  # [chunks]
+    right: U32  # [chunks]; the first so many are what would have been sampled one by one
+    logprobs: F32  # [all tried]; of the right ones, as in StepResult
 
 
 class StepResult(NamedTuple):
-    tokens: U32  # [chunks]; 0 where nothing was sampled
+    tokens: U32  # [chunks]; the one after the right drafts; 0 where nothing was sampled
     logprobs: F32  # [chunks]; log-probability of the token before temperature and filters
+    drafts: Drafts | None = None
+
+
+class DraftLimits(NamedTuple):
+    """How many drafts pay on a device, for what a position costs depends on how many there are in the step."""
+
+    each: int  # behind one chunk
+    rows: int  # a step of few positions may grow to so many
+
+    def room(self, positions: int) -> int:
+        """How many drafts a step of so many positions may have: fewer, the less it costs to do without them."""
+        return max(self.rows - 2 * positions, 0)
+
+    def within(self, max_batch_tokens: int) -> DraftLimits:
+        """The same for steps of so many positions at most."""
+        return self._replace(rows=min(self.rows, max_batch_tokens))
 
 
 class Runner(ABC):
@@ -76,6 +102,8 @@ class Runner(ABC):
 
     deterministic: bool  # a row's result does not depend on its batch or chunking
     depth: int = 0  # steps that may be submitted before the one before them is collected: 0 or 1
+    # None: it does not draft. Only a deterministic runner of depth 0 can: a draft is judged by what is sampled without.
+    drafts: DraftLimits | None = None
 
     @abstractmethod
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from kernels.cpu.native import CHUNK, ModelShape, NativeModel, NativeSampling, SamplingFields
 from kvmanager.layout import F32
 from services.executor.modelstore.packed import PackedModel
-from services.executor.runner.base import Chunk, Lane, Runner, StepResult
+from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
 
 
 @dataclass(slots=True)
@@ -25,6 +25,7 @@ class CpuRunner(Runner):
     """dtype: of the arithmetic. kv_dtype: of the pages. isa: None takes the best that the machine has."""
 
     deterministic = True
+    drafts: DraftLimits | None = DraftLimits(each=15, rows=12)
 
     def __init__(self, model: PackedModel, dtype: str, kv_dtype: str, threads: int, isa: str | None = None) -> None:
         spec = model.spec
@@ -86,9 +87,18 @@ class CpuRunner(Runner):
         self._pool[target, :, :count] = self._pool[source, :, :count]
 
     def step(self, chunks: list[Chunk]) -> StepResult:
+        array = self._array(chunks)
         tokens, logprobs = np.zeros(len(chunks), np.uint32), np.zeros(len(chunks), np.float32)
-        self._native.step(self._array(chunks), tokens, logprobs)
-        return StepResult(tokens, logprobs)
+        tried = np.array([chunk.drafts for chunk in chunks], np.uint32)
+        total = 0
+        if self.drafts is not None and tried.any():
+            total = self._native.draft(array, tried, self.drafts.room(int(array["count"].sum())))
+        if not total:
+            self._native.step(array, tokens, logprobs)
+            return StepResult(tokens, logprobs)
+        right, draft_logprobs = np.zeros(len(chunks), np.uint32), np.zeros(total, np.float32)
+        self._native.step(array, tokens, logprobs, right, draft_logprobs)
+        return StepResult(tokens, logprobs, Drafts(tried, right, draft_logprobs))
 
     def logits(self, chunks: list[Chunk]) -> F32:
         return self._native.logits(self._array(chunks))
@@ -99,7 +109,7 @@ class CpuRunner(Runner):
     @staticmethod
     def _array(chunks: list[Chunk]) -> np.ndarray:
         rows = []
-        for lane, start, count, write_from, sample in chunks:
+        for lane, start, count, write_from, sample, _ in chunks:
             device = lane.device
             assert isinstance(device, _Prepared), "prepare() comes before the first step"
             rows.append((device.tokens, device.row, device.sampling.address, start, count, write_from, sample))

@@ -3,16 +3,19 @@
 The K/V of a position is a digest of all tokens up to it, kept by (page, slot). A step fails
 when any position before its chunk does not hold exactly that, so a stale page, a foreign page,
 a write below `write_from` or a hole is found in the step that would have read it.
+
+With `drafts` it knows what comes next and errs at times, so that any number of drafts is right.
 """
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import numpy as np
 
 from kvmanager.layout import LOW32
-from services.executor.runner.base import Chunk, Lane, Runner, StepResult
+from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
 
 VOCAB = 50_000
 
@@ -34,7 +37,10 @@ def expected(prompt: list[int], count: int, seed: int = 0, index: int = 0) -> li
 class CheckingRunner(Runner):
     deterministic = True
 
-    def __init__(self) -> None:
+    def __init__(self, drafts: DraftLimits | None = None) -> None:
+        self.drafts = drafts
+        self.random = random.Random(1)
+        self.accuracy = 0.75  # of a draft
         self.slots: dict[tuple[int, int], int] = {}  # (page, slot) -> digest of the tokens up to there
         self.page_size = 0
         self.steps = 0
@@ -57,14 +63,34 @@ class CheckingRunner(Runner):
             if (source, slot) in self.slots:
                 self.slots[target, slot] = self.slots[source, slot]
 
+    def _draft(self, chunks: list[Chunk]) -> list[int]:
+        """Drafts into the lanes; how many each chunk has got."""
+        room = self.drafts.room(sum(chunk.count for chunk in chunks)) if self.drafts is not None else 0
+        tried = []
+        for lane, start, count, _, sample, most in chunks:
+            assert most == 0 or (sample and count == 1)
+            known, drafts = start + count, min(most, room)
+            for at in range(known, known + drafts):
+                token = next_token(lane.tokens[:at], lane.sampling.seed, lane.index)
+                lane.tokens[at] = token if self.random.random() < self.accuracy else token + 1
+            assert known + drafts < len(lane.tokens), "no place for the token after the drafts"
+            room -= drafts
+            tried.append(drafts)
+        return tried
+
     def step(self, chunks: list[Chunk]) -> StepResult:
         self.steps += 1
         self.largest_batch = max(self.largest_batch, len(chunks))
-        sampled = np.zeros(len(chunks), np.uint32)
-        for number, (lane, start, count, write_from, sample) in enumerate(chunks):
+        sampled, accepted, tries = (
+            np.zeros(len(chunks), np.uint32),
+            np.zeros(len(chunks), np.uint32),
+            self._draft(chunks),
+        )
+        for number, (lane, start, count, write_from, sample, _) in enumerate(chunks):
             assert lane.row is not None
-            self.computed_positions += count
-            for position in range(start + count):
+            end, right = start + count + tries[number], 0
+            self.computed_positions += end - start
+            for position in range(end):
                 page = int(lane.row[position // self.page_size]) & LOW32
                 assert page != 0, "the reserved page is in a row"
                 slot = (page, position % self.page_size)
@@ -74,8 +100,14 @@ class CheckingRunner(Runner):
                 else:
                     assert self.slots.get(slot) == digest, f"position {position} holds another token's K/V"
             if sample:
-                sampled[number] = next_token(lane.tokens[: start + count], lane.sampling.seed, lane.index)
-        return StepResult(sampled, np.full(len(chunks), -1.0, np.float32))
+                for known in range(start + count, end + 1):
+                    sampled[number] = next_token(lane.tokens[:known], lane.sampling.seed, lane.index)
+                    if known == end or lane.tokens[known] != sampled[number]:
+                        break
+                    right += 1
+                accepted[number] = right
+        drafts = Drafts(np.array(tries, np.uint32), accepted, np.full(sum(tries), -1.0, np.float32))
+        return StepResult(sampled, np.full(len(chunks), -1.0, np.float32), drafts if any(tries) else None)
 
     def close(self) -> None:
         pass

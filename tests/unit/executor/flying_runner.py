@@ -88,7 +88,7 @@ class FlyingRunner(CheckingRunner):
         self.steps += 1
         self.largest_batch = max(self.largest_batch, len(flight))
         sampled = np.zeros(len(flight), np.uint32)
-        for number, ((lane, start, count, write_from, sample), row, history) in enumerate(flight):
+        for number, ((lane, start, count, write_from, sample, _), row, history) in enumerate(flight):
             self.computed_positions += count
             tokens = np.array(history[: start + count], np.uint32)
             assert len(tokens) == start + count, "neither host nor device have this token"

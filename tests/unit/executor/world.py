@@ -22,6 +22,7 @@ from services.executor.inbox import Attached, Connected, Disconnected, FromFront
 from services.executor.pages import Pages
 from services.executor.publisher import Connection
 from services.executor.requests import Requests
+from services.executor.runner.base import DraftLimits
 from services.executor.scheduler import Scheduler
 from services.executor.sequence import Sequence
 from services.executor.shared import SharedPool
@@ -104,10 +105,12 @@ class World:
         clock: Callable[[], float] = time.monotonic,
         record_ttl: float = 600.0,
         depth: int = 0,
+        drafts: DraftLimits | None = None,
         **limits: int,
     ) -> None:
-        """depth: the runner's."""
+        """depth, drafts: the runner's."""
         self.depth = depth
+        self.drafts = drafts
         self.state = StateDir.prepare(root)
         self.clock = clock
         self.record_ttl = record_ttl
@@ -141,9 +144,9 @@ class World:
         self.inbox = Inbox()
         # The pages' contents outlive the executor, as the pool's memory does.
         slots = self.runner.slots if self.executors > 1 else {}
-        self.runner: CheckingRunner = FlyingRunner() if self.depth else CheckingRunner()
+        self.runner: CheckingRunner = FlyingRunner() if self.depth else CheckingRunner(self.drafts)
         self.runner.slots = slots
-        scheduler = Scheduler(PAGE_SIZE, **self.limits)
+        scheduler = Scheduler(PAGE_SIZE, **self.limits, drafts=self.drafts)
         self.pool = SharedPool(self.state)
         self.requests = Requests(scheduler, self.pool, self.runner, self.state.records, (EOS,), self.clock)
         self.frontends = Frontends(self.requests, self.pool, self.prefix_cache, self.clock)

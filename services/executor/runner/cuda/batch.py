@@ -79,7 +79,7 @@ class Batch:
 
 def make_batch(chunks: list[Chunk], page_size: int, pays: Callable[[SharedPrefix], bool] | None = None) -> Batch:
     """Every lane of the chunks is prepared. pays: whether a prefix is worth sharing; None: none is."""
-    lanes, starts, counts, write_from, samples = zip(*chunks, strict=True)
+    lanes, starts, counts, write_from, samples, _ = zip(*chunks, strict=True)
     devices: list[Prepared] = [lane.device for lane in lanes]
     order = np.arange(len(chunks))
     numbers = np.array((starts, counts, write_from, samples, [device.slot for device in devices]), np.int64)

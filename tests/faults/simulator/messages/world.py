@@ -178,7 +178,7 @@ class World:
             add_bos_token=False,
             bos_token_id=None,
         )
-        return Description(model, "model", MAX_MODEL_LEN, "cpu", "float32", "float32", True)
+        return Description(model, "model", MAX_MODEL_LEN, "cpu", "float32", "float32", True, "off")
 
     # --- checks ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -10,6 +11,10 @@ from kernels.cpu.native import CHUNK, ModelShape, NativeModel, NativeSampling, S
 from kvmanager.layout import F32
 from services.executor.modelstore.packed import PackedModel
 from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
+
+_MOST_DRAFTS: Final = 15
+# Rows up to which one more costs little beside the weights, which are read once for all of them.
+_ROWS: Final = {"portable": 4, "avx2": 12, "avx512bf16": 12, "amx": 64}
 
 
 @dataclass(slots=True)
@@ -25,8 +30,6 @@ class CpuRunner(Runner):
     """dtype: of the arithmetic. kv_dtype: of the pages. isa: None takes the best that the machine has."""
 
     deterministic = True
-    drafts: DraftLimits | None = DraftLimits(each=15, rows=12)
-
     def __init__(self, model: PackedModel, dtype: str, kv_dtype: str, threads: int, isa: str | None = None) -> None:
         spec = model.spec
         shape = ModelShape(
@@ -51,6 +54,8 @@ class CpuRunner(Runner):
         self._element = np.dtype(np.uint32 if kv_dtype == "float32" else np.uint16)  # of the pages, as bits
         self._pool: np.ndarray | None = None  # [pages, layers * 2 * kv_heads, page_size, head_dim]
         self.isa = self._native.isa
+        isa = "avx512bf16" if self.isa == "amx" and dtype != "bfloat16" else self.isa  # tiles multiply bfloat16
+        self.drafts = DraftLimits(_MOST_DRAFTS, _ROWS[isa])
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         spec = self._spec

@@ -104,26 +104,25 @@ class Scheduler:
             sequences.append(sequence)
             chunks.append(Chunk(sequence.lane, sequence.computed, count, sequence.computed, samples))
             budget -= count
-        drafts = self._draft(sequences[:decodes], chunks) if self.drafts is not None else 0
+        room = self.drafts.room(self.max_batch_tokens - budget) if self.drafts is not None else 0
+        drafts = min(self._draft(sequences[:decodes], chunks), room) if room else 0
         return Plan(sequences, chunks, drafts)
 
-    def _draft(self, sequences: list[Sequence], chunks: list[Chunk]) -> int:
-        """Says how many drafts each of the decodes, which come first, may have; how many there can be in all."""
+    def _draft(self, decodes: list[Sequence], chunks: list[Chunk]) -> int:
+        """Says how many drafts each of the decodes may have, whose chunks come first; the sum."""
         assert self.drafts is not None
-        each, room = self.drafts.each, self.drafts.room(sum(chunk.count for chunk in chunks))
-        if not room:
-            return 0
-        wanted = 0
-        for number, sequence in enumerate(sequences):
+        each, wanted = self.drafts.each, 0
+        for number, sequence in enumerate(decodes):
             known, drafting = sequence.known, sequence.drafting
             if known < drafting.resumes_at:
                 continue
             # Within the row; and the token after the last of them still has its place in the log.
             most = min(drafting.allowed, each, sequence.capacity - known, sequence.limit - known)
             if most > 0:
-                chunks[number] = chunks[number]._replace(drafts=most)
+                lane, start, count, write_from, sample, _ = chunks[number]
+                chunks[number] = Chunk(lane, start, count, write_from, sample, most)
                 wanted += most
-        return min(wanted, room)
+        return wanted
 
     def admissible(self) -> int:
         """How many more sequences may get a row."""

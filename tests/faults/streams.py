@@ -112,6 +112,12 @@ def request(
     return message
 
 
+def repeating(number: int, tokens: int = 96, **options: object) -> api.GenerateRequest:
+    """A greedy request whose answer says again what its prompt says: most drafts are right."""
+    line = f"The keeper of lighthouse {number} lit the lamp, wrote down the weather and went to bed.\n"
+    return request(number, tokens, line * 6, seeded=False, **options)
+
+
 _OPENINGS = (
     "The history of the lighthouse begins with",
     "To bake a good loaf of bread you need",
@@ -141,12 +147,16 @@ class Load:
             for message, heard in zip(messages, self.heard, strict=True)
         ]
 
+    @property
+    def any_over(self) -> bool:
+        return any(task.done() for task in self._tasks)
+
     async def reach(self, tokens: int) -> None:
         """Waits until every output has this many more tokens than now. None may end before: nothing would be shown."""
         wanted = [heard.least + tokens for heard in self._watched]
         while any(heard.least < want for heard, want in zip(self._watched, wanted, strict=True)):
             await asyncio.sleep(0.005)
-            assert not any(task.done() for task in self._tasks), "a stream ended before the fault"
+            assert not self.any_over, "a stream ended before the fault"
 
     async def answers(self) -> list[Answer]:
         await asyncio.gather(*self._tasks)
@@ -217,3 +227,19 @@ def prefilled(address: str) -> int:
     """Prompt positions computed since the executor started."""
     with grpc.insecure_channel(address) as channel:
         return int(api_grpc.ModelServiceStub(channel).GetLoad(api.GetLoadRequest()).prefill_tokens)
+
+
+async def drafts_accepted(address: str) -> None:
+    """Waits until guesses at tokens were right since the executor started."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        models = api_grpc.ModelServiceStub(channel)
+        while True:
+            try:
+                load = await models.GetLoad(api.GetLoadRequest())
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+            else:
+                if load.accepted_tokens:
+                    return
+            await asyncio.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from services.cli.await_ready import await_ready
 from tests.conftest import START_SECONDS, Stack
-from tests.faults.streams import Load, mixed, prefilled, request, undisturbed
+from tests.faults.streams import Load, drafts_accepted, mixed, prefilled, repeating, request, undisturbed
 
 pytestmark = pytest.mark.stack
 
@@ -48,6 +49,23 @@ async def test_executor_killed_streams_go_on(start_stack: StartStack) -> None:
     assert answers == reference
     assert all(one.accepted == 1 for one in load.heard)
     # The successor counts from zero: whatever it prefilled was computed twice.
+    assert prefilled(stack.address) == 0
+
+
+async def test_executor_killed_with_drafts_under_way(start_stack: StartStack) -> None:
+    """Tokens and K/V of drafts lie above what is committed, and are nobody's when the executor is gone."""
+    stack = start_stack()
+    messages = [repeating(number, tokens=400) for number in range(4)]
+    plain = start_stack(speculation="off")
+    reference = await undisturbed(plain.address, messages)
+
+    load = Load(stack.address, messages)
+    for _ in range(2):
+        await load.reach(1)
+        await asyncio.wait_for(drafts_accepted(stack.address), 30)
+        assert not load.any_over, "a stream ended before the fault"
+        stack.kill("executor")
+    assert await load.answers() == reference
     assert prefilled(stack.address) == 0
 
 

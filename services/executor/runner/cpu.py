@@ -30,6 +30,7 @@ class CpuRunner(Runner):
     """dtype: of the arithmetic. kv_dtype: of the pages. isa: None takes the best that the machine has."""
 
     deterministic = True
+
     def __init__(self, model: PackedModel, dtype: str, kv_dtype: str, threads: int, isa: str | None = None) -> None:
         spec = model.spec
         shape = ModelShape(

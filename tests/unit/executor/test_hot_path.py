@@ -10,7 +10,7 @@ import pytest
 
 from pagehold.executor.v1 import executor_pb2 as ex
 from services.executor.inbox import Connected
-from services.executor.runner.base import Chunk, StepResult
+from services.executor.runner.base import Chunk, DraftLimits, StepResult
 from tests.unit.executor import world as world_module
 from tests.unit.executor.checking_runner import CheckingRunner
 from tests.unit.executor.world import Frontend, World
@@ -29,9 +29,14 @@ class Sink(Frontend):
         self.last = len(message.tokens.token_ids)
 
 
-def test_a_step_calls_few_functions_for_each_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [0, 64, 2048])
+def test_a_step_calls_few_functions_for_each_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """rows: of a runner that drafts; too few for drafts behind so many, and enough for some behind all."""
     monkeypatch.setattr(world_module, "CheckingRunner", NoModel)
-    world = World(tmp_path / "state", pages=SEQUENCES * 24, max_num_seqs=SEQUENCES, max_batch_tokens=2048)
+    drafts = DraftLimits(15, rows) if rows else None
+    world = World(tmp_path / "state", SEQUENCES * 24, drafts=drafts, max_num_seqs=SEQUENCES, max_batch_tokens=2048)
     sink = Sink()
     world.inbox.put(Connected(sink))
     for number in range(SEQUENCES):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from kvmanager.layout import OutputLog, RequestLog
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.v1 import inference_pb2 as api
-from services.executor.runner.base import Lane, SamplingParams
+from services.executor.runner.base import DraftLimits, Lane, SamplingParams
 from services.executor.scheduler import Plan, Scheduler
 from services.executor.sequence import Phase, Request, Sequence, StopRules
 
@@ -160,3 +161,58 @@ def test_one_that_asks_for_its_row_counts_as_filling() -> None:
     assert not scheduler.filling()
     first.asking = True
     assert scheduler.filling() == {first.opening: [first]}
+
+
+LIMITS = DraftLimits(each=6, rows=20)
+
+
+def drafts(*sequences: Sequence, allowed: int = 6, limits: DraftLimits = LIMITS) -> tuple[list[int], int]:
+    """Of each chunk, and of all at most."""
+    scheduler = scheduler_of(*sequences)
+    scheduler.drafts = limits
+    for sequence in sequences:
+        sequence.drafting.allowed = allowed
+    plan = scheduler.plan()
+    assert plan.positions == sum(chunk.count for chunk in plan.chunks)
+    return [chunk.drafts for chunk in plan.chunks], plan.drafts
+
+
+def test_decodes_may_have_drafts() -> None:
+    assert drafts(make(1, computed=29, known=30), allowed=4) == ([4], 4)
+    assert drafts(make(1, computed=29, known=30), allowed=9) == ([6], 6)  # what the runner takes behind one chunk
+    assert drafts(make(1, computed=30, known=30)) == ([6], 6)  # a full hit's last position, run again
+
+
+def test_drafts_rest_until_their_time() -> None:
+    resting, trying = make(1, computed=29, known=30), make(2, computed=29, known=30)
+    resting.drafting.resumes_at, trying.drafting.resumes_at = 31, 30
+    assert drafts(resting, trying) == ([0, 6], 6)
+
+
+def test_drafts_stay_in_the_row_and_in_what_it_can_come_to_need() -> None:
+    in_row = make(1, computed=29, known=30, capacity=32)
+    full = make(2, computed=31, known=32, capacity=32)
+    assert drafts(in_row, full) == ([2, 0], 2)
+    ending = make(3, computed=29, known=30)
+    ending.limit = 33
+    last = make(4, computed=29, known=30)
+    last.limit = 30
+    assert drafts(ending, last) == ([3, 0], 3)
+
+
+def test_there_are_fewer_drafts_the_more_positions_there_are() -> None:
+    decodes = [make(number, computed=29, known=30) for number in range(12)]
+    assert drafts(*decodes[:2]) == ([6] * 2, 12)
+    assert drafts(*decodes[:6]) == ([6] * 6, 20 - 2 * 6)  # the runner shares them out
+    assert drafts(*decodes[:9]) == ([6] * 9, 2)
+    assert drafts(*decodes[:10]) == ([0] * 10, 0)
+    assert drafts(make(20, prompt=5), *decodes[:2]) == ([6, 6, 0], 6)
+    assert drafts(make(20, prompt=8), *decodes[:2]) == ([0, 0, 0], 0)
+
+
+def test_a_step_with_drafts_is_within_its_tokens() -> None:
+    with pytest.raises(AssertionError):
+        Scheduler(PAGE_SIZE, 8, 16, 32, DraftLimits(each=6, rows=17))
+    for tokens in range(16, 80):
+        limits = DraftLimits(each=15, rows=64).within(tokens)
+        assert all(positions + limits.room(positions) <= tokens for positions in range(1, tokens + 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from kvmanager.layout import Reason
@@ -13,13 +14,14 @@ from services.executor import engine, grants
 from services.executor.engine import Engine
 from services.executor.kv_link import KvLink
 from services.executor.publisher import Connection
-from services.executor.runner.base import StepResult
-from services.executor.scheduler import Plan
-from services.executor.sequence import Phase
+from services.executor.runner.base import Chunk, StepResult
+from services.executor.scheduler import Plan, Scheduler
+from services.executor.sequence import Phase, Sequence
 from services.frontend.clientstream import ClientStream
 from services.frontend.link import ExecutorLink
 from tests.faults.simulator.faults import Violation
 from tests.faults.simulator.messages.components import Executor
+from tests.faults.simulator.messages.runner import ModelRunner, Step
 from tests.faults.simulator.messages.schedule import Schedule, run
 from tests.faults.simulator.messages.seams import DyingOutput
 
@@ -166,6 +168,35 @@ def result_of_a_lost_row_is_committed(patch: Patch) -> None:
     patch.setattr(Engine, "_commit", commit)
 
 
+def wrong_draft_is_kept(patch: Patch) -> None:
+    """One more than was right, where there is one."""
+    real = ModelRunner._compute
+
+    def compute(self: ModelRunner, step: Step) -> StepResult:
+        result = real(self, step)
+        if result.drafts is not None:
+            np.minimum(result.drafts.right + 1, result.drafts.tried, out=result.drafts.right)
+        return result
+
+    patch.setattr(ModelRunner, "_compute", compute)
+
+
+def drafts_beyond_the_row(patch: Patch) -> None:
+    """As many as the sequence may come to need, whatever its row holds."""
+    real = Scheduler._draft
+
+    def draft(self: Scheduler, decodes: list[Sequence], chunks: list[Chunk]) -> int:
+        held = [sequence.capacity for sequence in decodes]
+        for sequence in decodes:
+            sequence.capacity = sequence.limit
+        wanted = real(self, decodes, chunks)
+        for sequence, capacity in zip(decodes, held, strict=True):
+            sequence.capacity = capacity
+        return wanted
+
+    patch.setattr(Scheduler, "_draft", draft)
+
+
 MUTANTS: tuple[Callable[[Patch], None], ...] = (
     published_before_committed,
     successor_without_an_epoch,
@@ -177,6 +208,8 @@ MUTANTS: tuple[Callable[[Patch], None], ...] = (
     computed_raised_before_the_copy,
     row_given_back_under_a_step,
     result_of_a_lost_row_is_committed,
+    wrong_draft_is_kept,
+    drafts_beyond_the_row,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from kvmanager.memory import Memory
 from kvmanager.pool import Pool as PoolFiles
@@ -24,6 +24,7 @@ from services.executor.inbox import Attached, Event, Inbox, Replied
 from services.executor.kv_link import KvLink
 from services.executor.pages import Pages
 from services.executor.requests import Requests
+from services.executor.runner.base import DraftLimits
 from services.executor.scheduler import Scheduler
 from services.executor.server import Description, ExecutorServicer
 from services.executor.shared import SharedPool
@@ -49,6 +50,8 @@ _STEP_SECONDS = (0.0005, 0.004)
 _IDLE_SECONDS = 1.0
 _PAGE_BYTES = 2 * 32 * SHAPE.page_size * 2  # one layer, one head of 32, bfloat16
 
+_DRAFTS: Final = DraftLimits(each=5, rows=16)
+
 Hit = Callable[[str], None]
 
 
@@ -63,6 +66,7 @@ class Settings:
     prefix_cache: bool
     fork: bool
     depth: int  # of the runner
+    drafts: bool  # it has some; only with depth 0
 
 
 class DyingManager(Manager):
@@ -144,11 +148,12 @@ class Executor:
         process.on_death.append(lock.release)
         lock.write_id(number.to_bytes(16, "little"))
         self._shared = SharedPool(state)
-        runner = self._runner = ModelRunner(lambda: pool(self._shared), hit, settings.depth)
+        drafts = _DRAFTS.within(settings.max_batch_tokens) if settings.drafts else None
+        runner = self._runner = ModelRunner(lambda: pool(self._shared), hit, settings.depth, drafts)
         self._inbox = EventInbox()
         clock = network.loop.time
         limits = (settings.max_num_seqs, settings.max_batch_tokens, settings.park_after)
-        scheduler = Scheduler(SHAPE.page_size, *limits)
+        scheduler = Scheduler(SHAPE.page_size, *limits, drafts)
         requests = self._requests = Requests(scheduler, self._shared, runner, state.records, (), clock)
         frontends = Frontends(requests, self._shared, settings.prefix_cache, clock)
         pages = Pages(scheduler, requests, runner, self._shared, settings.prefix_cache, settings.fork)

@@ -1,6 +1,7 @@
 """A device without arithmetic: K/V and tokens are the model's, every page that is read or written is checked.
 
 With depth 1 a step reads its rows when it is submitted, and does its work as late as it may: when it is collected.
+With drafts it guesses three tokens of four right, and writes the K/V of all its guesses.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvmanager.layout import LOW32, U32, U64
-from services.executor.runner.base import Chunk, Lane, Runner, StepResult
+from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
 from tests.faults.simulator.faults import Violation
 from tests.faults.simulator.invariants import Pool
 from tests.faults.simulator.messages.requests import SHAPE, logprob
@@ -37,9 +38,12 @@ class ModelRunner(Runner):
 
     deterministic = True
 
-    def __init__(self, pool: Callable[[], Pool], store: Callable[[str], None], depth: int) -> None:
+    def __init__(
+        self, pool: Callable[[], Pool], store: Callable[[str], None], depth: int, drafts: DraftLimits | None
+    ) -> None:
         """pool: there from the first attach on. store(name): called before each write of a slot."""
         self.depth = depth
+        self.drafts = drafts
         self._steps: deque[Step] = deque()  # under way
         self._pool = pool
         self._store = store
@@ -79,17 +83,40 @@ class ModelRunner(Runner):
         return self.collect(self.submit(chunks))
 
     def _compute(self, step: Step) -> StepResult:
-        tokens = np.zeros(len(step), np.uint32)
+        tokens, tried, right = (np.zeros(len(step), np.uint32) for _ in range(3))
+        room = self.drafts.room(sum(work.chunk.count for work in step)) if self.drafts is not None else 0
+        of_drafts: list[float] = []
         for number, (chunk, row, lane_vectors) in enumerate(step):
             lane, end = chunk.lane, chunk.start + chunk.count
             vectors = self._vectors(lane_vectors, lane.tokens, end)
+            tried[number] = drafts = min(chunk.drafts, room)
+            room -= drafts
+            self._guess(lane, end, drafts, vectors)
             self._check(chunk, row, vectors)
             self._write(chunk, row, vectors)
             if chunk.sample:
-                token = tokens[number] = next_token(vectors[-1], lane.index, lane.sampling.seed, SHAPE)
-                if len(lane_vectors) == end:
-                    lane_vectors.append(next_vector(vectors[-1], int(token)))  # the next step's input, on the device
-        return StepResult(tokens, np.array([logprob(token) for token in tokens.tolist()], np.float32))
+                known, token = end, self._next(lane, vectors[end - 1])
+                while known < end + drafts and token == lane.tokens[known]:
+                    known, token = known + 1, self._next(lane, vectors[known])
+                tokens[number], right[number] = token, known - end
+                of_drafts += [logprob(guess) for guess in lane.tokens[end : end + drafts].tolist()]
+                if len(lane_vectors) == end:  # the next step's input, on the device
+                    lane_vectors += [*vectors[end:known], next_vector(vectors[known - 1], token)]
+        judged = Drafts(tried, right, np.array(of_drafts, np.float32)) if tried.any() else None
+        return StepResult(tokens, np.array([logprob(token) for token in tokens.tolist()], np.float32), judged)
+
+    @staticmethod
+    def _next(lane: Lane, vector: Vector) -> int:
+        return next_token(vector, lane.index, lane.sampling.seed, SHAPE)
+
+    def _guess(self, lane: Lane, end: int, count: int, vectors: list[Vector]) -> None:
+        """Drafts behind position `end` of a lane, and their vectors behind those that are there."""
+        for position in range(end, end + count):
+            self._store("slot")
+            token = self._next(lane, vectors[-1])
+            is_wrong = hash((vectors[-1], "guess")) % 4 == 0
+            lane.tokens[position] = token = token - 1 if is_wrong else token
+            vectors.append(next_vector(vectors[-1], token))
 
     @staticmethod
     def _vectors(vectors: list[Vector], tokens: U32, count: int) -> list[Vector]:
@@ -110,8 +137,9 @@ class ModelRunner(Runner):
             raise Violation(f"a step reads foreign or unwritten K/V at position {int(wrong.argmax())}")
 
     def _write(self, chunk: Chunk, row: U64, vectors: list[Vector]) -> None:
+        """Of the chunk, and of the drafts behind it."""
         pool = self._pool()
-        for position in range(max(chunk.start, chunk.write_from), chunk.start + chunk.count):
+        for position in range(max(chunk.start, chunk.write_from), len(vectors)):
             self._store("slot")
             pool.write(int(row[position // _SIZE]), position % _SIZE, vectors[position])
 

@@ -85,6 +85,7 @@ class _Play:
             prefix_cache=rng.random() < 0.85,
             fork=rng.random() < 0.85,
             depth=schedule.seed % 2,
+            drafts=schedule.seed % 4 == 0,
         )
         arguments = (self._loop, self._network, state, settings, requests, rng, self._deaths(), trace)
         self._world = World(*arguments)

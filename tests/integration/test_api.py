@@ -387,7 +387,7 @@ async def test_server_info_and_load(models: Any, inference: Any) -> None:
     info = await models.GetServerInfo(api.GetServerInfoRequest())
     assert info.version == pagehold.__version__
     assert (info.device, info.dtype, info.deterministic) == ("cpu", "bfloat16", True)
-    assert info.epoch >= 1 and info.page_size == 16
+    assert info.epoch >= 1 and info.page_size == 16 and info.speculation == "ngram"
     before = await models.GetLoad(api.GetLoadRequest())
     assert 0 < before.free_pages <= before.pages == info.pages
     message = request(tokens=48)

@@ -20,6 +20,7 @@ SAMPLINGS = {
     "log-probabilities": SamplingParams(temperature=0.0, logprobs=True),
     "seeded": SamplingParams(temperature=0.6, seed=11, logprobs=True),
     "filtered": SamplingParams(temperature=0.9, seed=12, top_p=0.8, top_k=40, min_p=0.02, logprobs=True),
+    "noisy": SamplingParams(temperature=1.5, seed=14, top_k=5, logprobs=True),  # leaves the text, and comes back to it
     "penalties": SamplingParams(
         temperature=0.5, seed=13, repetition_penalty=1.05, presence_penalty=0.3, frequency_penalty=0.2, logprobs=True
     ),
@@ -66,15 +67,15 @@ class Running:
 
 def outputs(
     runner: CpuRunner, model: PackedModel, samplings: list[SamplingParams], most: int, seed: int = 0
-) -> tuple[list[Output], int, int]:
-    """Of all in one batch; with up to `most` drafts each, by chance. And: steps, drafts that were right."""
+) -> tuple[list[Output], int, int, int]:
+    """Of all in one batch; with up to `most` drafts each, by chance. And: steps, drafts that were right and wrong."""
     rng = random.Random(seed)
     pool = TestPool(model.spec, runner, "bfloat16", 80)
     running = [Running(runner, pool, sampling, index) for index, sampling in enumerate(samplings)]
     for one in running:
         result = runner.step(chunks_of(one.lane, one.lane.prompt_length, None))
         one.take(0, int(result.tokens[0]), result.logprobs[:1])
-    steps = accepted = 0
+    steps = accepted = rejected = 0
     while todo := [one for one in running if one.left]:
         chunks = [
             Chunk(one.lane, one.known - 1, 1, one.known - 1, True, min(rng.randint(0, most), one.left - 1))
@@ -86,21 +87,25 @@ def outputs(
         for number, one in enumerate(todo):
             right = int(drafts.right[number]) if drafts is not None else 0
             of_drafts = drafts.logprobs[first : first + right] if drafts is not None else []
-            first += int(drafts.tried[number]) if drafts is not None else 0
+            tried = int(drafts.tried[number]) if drafts is not None else 0
+            first += tried
             one.take(right, int(result.tokens[number]), np.array([*of_drafts, result.logprobs[number]], np.float32))
             accepted += right
-    return [one.output for one in running], steps, accepted
+            rejected += tried - right
+    return [one.output for one in running], steps, accepted, rejected
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_one_sequence(runner: CpuRunner, smollm2: PackedModel, name: str) -> None:
-    without, steps, _ = outputs(runner, smollm2, [SAMPLINGS[name]], 0)
+    without, steps, _, _ = outputs(runner, smollm2, [SAMPLINGS[name]], 0)
     assert steps == STEPS - 1
-    drafted, fewer, accepted = outputs(runner, smollm2, [SAMPLINGS[name]], 8)
+    drafted, fewer, accepted, rejected = outputs(runner, smollm2, [SAMPLINGS[name]], 8)
     assert drafted == without
     assert fewer == steps - accepted
     if name in ("greedy", "log-probabilities"):
         assert accepted > STEPS / 2, "the text goes on as it began"
+    if name == "noisy":
+        assert accepted > 0 and rejected > 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -111,8 +116,8 @@ def test_all_in_one_batch(runner: CpuRunner, smollm2: PackedModel, seed: int) ->
     try:
         runner.drafts = limits._replace(rows=80)
         samplings = list(SAMPLINGS.values())
-        without, _, _ = outputs(runner, smollm2, samplings, 0)
-        drafted, steps, accepted = outputs(runner, smollm2, samplings, 6, seed)
+        without, _, _, _ = outputs(runner, smollm2, samplings, 0)
+        drafted, steps, accepted, _ = outputs(runner, smollm2, samplings, 6, seed)
         assert drafted == without
         assert accepted > 0 and steps < STEPS - 1
     finally:
@@ -124,7 +129,7 @@ def test_a_step_without_room_has_no_drafts(runner: CpuRunner, smollm2: PackedMod
     limits = runner.drafts
     try:
         runner.drafts = limits._replace(rows=2)
-        _, steps, accepted = outputs(runner, smollm2, [SAMPLINGS["greedy"]], 8)
+        _, steps, accepted, _ = outputs(runner, smollm2, [SAMPLINGS["greedy"]], 8)
         assert (steps, accepted) == (STEPS - 1, 0)
     finally:
         runner.drafts = limits

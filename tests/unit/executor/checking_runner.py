@@ -26,6 +26,11 @@ def next_token(tokens: np.ndarray, seed: int, index: int) -> int:
     return 100 + digest % (VOCAB - 100)
 
 
+def logprob(token: int) -> float:
+    """Of a token, wherever it is sampled."""
+    return -1.0 - token % 89
+
+
 def expected(prompt: list[int], count: int, seed: int = 0, index: int = 0) -> list[int]:
     """The output of an undisturbed run."""
     tokens = list(prompt)
@@ -106,8 +111,14 @@ class CheckingRunner(Runner):
                         break
                     right += 1
                 accepted[number] = right
-        drafts = Drafts(np.array(tries, np.uint32), accepted, np.full(sum(tries), -1.0, np.float32))
-        return StepResult(sampled, np.full(len(chunks), -1.0, np.float32), drafts if any(tries) else None)
+        guesses = [
+            logprob(token)
+            for (lane, start, count, *_), tried in zip(chunks, tries, strict=True)
+            for token in lane.tokens[start + count :][:tried].tolist()
+        ]
+        drafts = Drafts(np.array(tries, np.uint32), accepted, np.array(guesses, np.float32))
+        logprobs = np.array([logprob(token) for token in sampled.tolist()], np.float32)
+        return StepResult(sampled, logprobs, drafts if any(tries) else None)
 
     def close(self) -> None:
         pass

@@ -10,7 +10,7 @@ import pytest
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.runtime import failpoint
 from services.executor.runner.base import DraftLimits
-from tests.unit.executor.checking_runner import expected
+from tests.unit.executor.checking_runner import expected, logprob
 from tests.unit.executor.world import World
 
 LIMITS = DraftLimits(each=15, rows=32)
@@ -85,6 +85,25 @@ def test_a_stop_token_among_drafts(root: Path, stop: int, accuracy: float) -> No
     assert frontend.stream(1).tokens[0] == tokens[:stop]
     assert (frontend.stream(1).ended[0].reason, frontend.stream(1).ended[0].length) == (ex.END_REASON_STOP, stop)
     assert frontend.stream(2).tokens[0] == tokens
+
+
+STOP = expected(prompt_of(5, 20), 30)[29]
+
+
+def test_log_probabilities(root: Path) -> None:
+    """Of several sequences in a step, some of whose drafts are wrong; and one that ends on a draft."""
+    world = World(root, drafts=LIMITS)
+    frontend = world.connect()
+    for number in range(1, 5):
+        world.submit(frontend, number, prompt_of(number, 20), 60 + number, response={"logprobs": number != 2})
+    world.submit(frontend, 5, prompt_of(5, 20), 60, response={"logprobs": True}, stopping={"stop_token_ids": [STOP]})
+    world.run()
+    assert 0 < world.engine.accepted_tokens < world.engine.draft_tokens
+    for number in (1, 3, 4, 5):
+        heard = frontend.stream(number)
+        assert heard.logprobs[0] == [logprob(token) for token in heard.tokens[0]]
+    assert set(frontend.stream(2).logprobs[0]) == {0.0}
+    assert frontend.stream(5).tokens[0][-1] == STOP
 
 
 def test_outputs_of_one_request(root: Path) -> None:

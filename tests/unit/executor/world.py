@@ -38,6 +38,7 @@ class Stream:
     """What one stream was sent."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)
     ended: dict[int, ex.Ended] = field(default_factory=dict)
     accepted: int = 0
     recomputed: int = 0
@@ -75,6 +76,7 @@ class Frontend(Connection):
             start = self.starts.setdefault((stream_id, index), offset)
             assert offset == start + len(tokens), "a gap or a repetition"
             tokens.extend(run.token_ids[taken : taken + count])
+            self.stream(stream_id).logprobs.setdefault(index, []).extend(run.logprobs[taken : taken + count])
             taken += count
         for ended in message.ended:
             self.stream(ended.stream_id).ended[ended.index] = ended

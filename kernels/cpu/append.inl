@@ -26,11 +26,12 @@ inline void head_norm(float* x, const float* weight, uint32_t n, float eps) {
   for (uint32_t i = 0; i < n; ++i) x[i] = weight[i] * (x[i] * scale);
 }
 
-void append(const Attention* job, uint32_t position) {
+void append(const Attention* job, const Query* query) {
   const PhModel* m = job->model;
+  const uint32_t position = query->position;
   const PhLayer* layer = m->layer + job->layer;
   const uint32_t d = m->head_dim, half = d / 2, group = m->heads / m->kv_heads;
-  float* row = const_cast<float*>(job->qkv) + size_t{position - job->chunk->start} * job->qkv_stride;
+  float* row = query->projected;
   const float* cosine = m->rope_cos + size_t{position} * half;
   const float* sine = m->rope_sin + size_t{position} * half;
   for (uint32_t g = 0; g < group; ++g) {
@@ -38,13 +39,13 @@ void append(const Attention* job, uint32_t position) {
     head_norm(q, layer->q_norm, d, m->rms_norm_eps);
     rotate(q, cosine, sine, half);
   }
-  if (position < job->chunk->write_from) return;
+  if (!query->write) return;
   float* k = row + size_t{m->heads + job->kv_head} * d;
   const float* v = row + size_t{m->heads + m->kv_heads + job->kv_head} * d;
   head_norm(k, layer->k_norm, d, m->rms_norm_eps);
   rotate(k, cosine, sine, half);
   const uint32_t page_size = job->pool->page_size;
-  const uint64_t entry = job->chunk->row[position / page_size];
+  const uint64_t entry = job->row[position / page_size];
   const size_t slot = size_t{position % page_size} * d;
   const float* sources[2] = {k, v};
   for (uint32_t which = 0; which < 2; ++which) {

@@ -1,12 +1,14 @@
 // Attention over paged keys and values.
 //
-// A sequence's positions are reduced in tiles of 64 counted from 0, in order, the same for a decode and for a
-// prefill. Within a tile: a score sums its products in W lanes, then the lanes in one fixed tree; a
-// weighted sum adds position after position, in a single accumulator. Which rows (a query of one head) share
-// the loads changes nothing of that, and a position that a row does not see has weight 0, which adds nothing.
+// A sequence's positions are reduced in parts of 128 counted from 0, each part alone: a score sums its products in W
+// lanes, then the lanes in one fixed tree; a weighted sum adds position after position, in a single accumulator. Then
+// parts are combined from the left. So the pieces of work that a step is cut into change no bit: nor does it matter
+// which rows (a query of one head) share the loads, and a position that a row does not see has weight 0, which adds
+// nothing.
 //
 // v2: three rows share the loads, pages are read where they lie, lanes are added up for many scores at once, the next
-// tile is fetched early. 2.7 to 3.0 times as fast as v1, decode and prefill (AVX2; `python -m tests.kernels.bench`).
+// part is fetched early. 2.7 to 3.0 times as fast as v1, decode and prefill (AVX2; `python -m tests.kernels.bench`).
+// v3: parts stand alone, so that a long context is work for all threads.
 
 namespace {
 
@@ -31,40 +33,154 @@ inline void fold_all(vf* v) {
   }
 }
 
-// --- one tile ---
+// --- partial results ---
+
+// Rows of a piece, as [rows] of Partial, and what they are made of.
+struct Rows {
+  const Attention* job;
+  uint32_t group, count, stride;
+  float* sums;  // [count][stride]
+
+  Rows(const Attention* j, float* at)
+      : job(j),
+        group(j->model->heads / j->model->kv_heads),
+        count(j->count * group),
+        stride(partial_size(j->model->head_dim)),
+        sums(at) {
+    clear();
+  }
+  float* end() const { return sums + size_t{count} * stride; }
+  float* at(uint32_t row) const { return sums + size_t{row} * stride; }
+  const Query& query(uint32_t row) const { return job->queries[row / group]; }
+  uint32_t head(uint32_t row) const { return job->kv_head * group + row % group; }
+  void clear() {
+    memset(sums, 0, size_t{count} * stride * sizeof(float));
+    for (uint32_t row = 0; row < count; ++row) at(row)[0] = -INFINITY;
+  }
+  // Into the slots of those queries that have more than one.
+  void keep(uint32_t slot) const {
+    for (uint32_t row = 0; row < count; ++row) {
+      if (query(row).partials == nullptr) continue;
+      const size_t place = size_t{slot} * job->model->heads + head(row);
+      memcpy(query(row).partials + place * stride, at(row), stride * sizeof(float));
+    }
+  }
+};
+
+// sums = sums and part. Not inlined: one way to round, wherever it is called.
+__attribute__((noinline)) void combine(float* sums, const float* part, uint32_t stride) {
+  const float most = sums[0] > part[0] ? sums[0] : part[0];
+  const vf ours = exponential(splat(sums[0] - most)), theirs = exponential(splat(part[0] - most));
+  sums[0] = most;
+  sums[1] = sums[1] * ours[0] + part[1] * theirs[0];
+  for (uint32_t i = kPartialValues; i < stride; i += W)
+    store(sums + i, load(sums + i) * ours + load(part + i) * theirs);
+}
+
+template <class Input>
+inline void finish(const PhModel* m, const Query& query, uint32_t head, const float* sums) {
+  typename Input::type* out = static_cast<typename Input::type*>(query.output) + size_t{head} * m->head_dim;
+  // Adding 0 makes a -0 a 0: an unseen position can turn one into the other, and another chunking have none.
+  for (uint32_t i = 0; i < m->head_dim; ++i) out[i] = Input::convert(sums[kPartialValues + i] / sums[1] + 0.0f);
+}
+
+template <class Input>
+void merge(const PhModel* m, const Query* query, const float* partials, uint32_t next, uint32_t slots, float* sums) {
+  const uint32_t stride = partial_size(m->head_dim);
+  for (uint32_t head = 0; head < m->heads; ++head) {
+    memcpy(sums, partials + size_t{head} * stride, stride * sizeof(float));
+    for (uint32_t slot = next; slot < slots; ++slot) {
+      const float* part = partials + (size_t{slot} * m->heads + head) * stride;
+      if (part[0] != -INFINITY) combine(sums, part, stride);
+    }
+    finish<Input>(m, *query, head, sums);
+  }
+}
+
+// --- what is seen ---
+
+// Positions [begin, end), counted from the start of a part.
+struct Seen {
+  uint32_t begin, end;
+};
+
+// The part of [start, start + kPart) that a query sees.
+inline Seen seen_by(const PhModel* m, uint32_t position, uint32_t start) {
+  const uint32_t window = m->sliding_window;
+  const uint32_t lowest = window != 0 && position + 1 > window ? position + 1 - window : 0;
+  const uint32_t end = position < start ? 0 : position + 1 - start;
+  return {lowest > start ? lowest - start : 0, end < kPart ? end : kPart};
+}
+
+inline Seen seen_by_any(const Attention* job, uint32_t start) {
+  Seen all = {kPart, 0};
+  for (uint32_t q = 0; q < job->count; ++q) {
+    const Seen seen = seen_by(job->model, job->queries[q].position, start);
+    if (seen.begin >= seen.end) continue;
+    all.begin = seen.begin < all.begin ? seen.begin : all.begin;
+    all.end = seen.end > all.end ? seen.end : all.end;
+  }
+  return all;
+}
+
+// Where the keys and values of a part lie: in pages, or converted to float; zeros where nobody looks.
+template <class Kv>
+struct Part {
+  Seen seen;
+  const Kv* keys[kPart];
+  const Kv* values[kPart];
+};
+
+template <class Kv>
+inline void find_part(const Attention* job, uint32_t part, const void* zeros, Part<Kv>* found) {
+  const uint32_t d = job->model->head_dim, page_size = job->pool->page_size, start = part * kPart;
+  found->seen = seen_by_any(job, start);
+  for (uint32_t t = 0; t < kPart; ++t) found->keys[t] = found->values[t] = static_cast<const Kv*>(zeros);
+  for (uint32_t t = found->seen.begin; t < found->seen.end;) {
+    const uint32_t in_page = (start + t) % page_size;
+    const uint32_t left = found->seen.end - t, count = left < page_size - in_page ? left : page_size - in_page;
+    const uint64_t entry = job->row[(start + t) / page_size];
+    const Kv* keys = reinterpret_cast<const Kv*>(slots(job, entry, 0)) + size_t{in_page} * d;
+    const Kv* values = reinterpret_cast<const Kv*>(slots(job, entry, 1)) + size_t{in_page} * d;
+    for (const uint32_t stop = t + count; t < stop; ++t, keys += d, values += d) {
+      found->keys[t] = keys;
+      found->values[t] = values;
+    }
+  }
+}
+
+// f(part, next): parts of the job as they lie in pages, with the one to fetch meanwhile.
+template <class Kv, class F>
+inline void over_parts(const Attention* job, const void* zeros, Rows* rows, F&& f) {
+  Part<Kv> parts[2];
+  find_part(job, job->first, zeros, parts + job->first % 2);
+  for (uint32_t p = job->first; p < job->last; ++p) {
+    const Part<Kv>&part = parts[p % 2], &next = parts[(p + (p + 1 < job->last)) % 2];
+    if (p + 1 < job->last) find_part(job, p + 1, zeros, parts + (p + 1) % 2);
+    if (part.seen.begin < part.seen.end) f(p * kPart, part, next);
+    if (job->leading) continue;
+    rows->keep(p - job->first);
+    rows->clear();
+  }
+  if (job->leading) rows->keep(0);
+}
+
+// --- one part in float ---
 
 constexpr int kAttentionRows = W == 16 ? 6 : 3;  // rows that share loads: with 4 vectors each, 24 or 12 accumulators
 constexpr uint32_t kTogether = 4;                // positions scored at once
 
-// Where the keys and values of a tile lie: in pages, or converted to float; zeros where nobody looks.
-template <class Kv>
-struct Tile {
-  const Kv* keys[kTile];
-  const Kv* values[kTile];
-};
-
-// The softmax of one row so far.
-struct Running {
-  float most, total;
-};
-
-// A row's part of a tile: sees positions [begin, end), and scales what it had by `scale`.
-struct Seen {
-  uint32_t begin, end;
-  float scale;
-};
-
 // Scores of W positions from `first` on for R rows. queries: [R][padded].
 template <int R, class Kv>
-inline void score(const Tile<Kv>& tile, const Tile<Kv>& next, uint32_t first, const float* queries, uint32_t d,
-                  uint32_t padded, float (*scores)[kTile]) {
+inline void score(const Part<Kv>& part, const Part<Kv>& next, uint32_t first, const float* queries, uint32_t d,
+                  uint32_t padded, float (*scores)[kPart]) {
   constexpr uint32_t groups = W / kTogether;
   vf sums[R][groups];
   for (uint32_t group = 0; group < groups; ++group) {
     vf acc[R][kTogether];
     for (int r = 0; r < R; ++r)
       for (uint32_t t = 0; t < kTogether; ++t) acc[r][t] = vf{};
-    const Kv* const* keys = tile.keys + first + group;  // every `groups`-th position: so the lanes end in order
+    const Kv* const* keys = part.keys + first + group;  // every `groups`-th position: so the lanes end in order
     for (uint32_t t = 0; t < kTogether; ++t)
       for (uint32_t i = 0; i < d; i += 64 / sizeof(Kv)) __builtin_prefetch(next.keys[first + group + t * groups] + i);
     for (uint32_t i = 0; i < d; i += W) {
@@ -86,48 +202,38 @@ inline void score(const Tile<Kv>& tile, const Tile<Kv>& next, uint32_t first, co
   }
 }
 
-// Scores into weights, in place; 0 for positions that the row does not see.
-inline void soften(const PhModel* m, float* scores, Seen* seen, Running* running) {
-  if (seen->begin >= seen->end) {
-    for (uint32_t t = 0; t < kTile; t += W) store(scores + t, vf{});
-    seen->scale = 1.0f;
-    return;
-  }
+// Scores into weights, in place, and their largest and sum; 0 for positions that the row does not see.
+inline void soften(const PhModel* m, float* scores, Seen seen, float* partial) {
   if (m->logit_softcap != 0.0f)
-    for (uint32_t t = seen->begin; t < seen->end; ++t)
-      scores[t] = m->logit_softcap * tanhf(scores[t] / m->logit_softcap);
+    for (uint32_t t = seen.begin; t < seen.end; ++t) scores[t] = m->logit_softcap * tanhf(scores[t] / m->logit_softcap);
   vf peak = splat(-INFINITY);
-  for (uint32_t t = 0; t < kTile; t += W) {
+  for (uint32_t t = 0; t < kPart; t += W) {
     vi position;
     for (uint32_t i = 0; i < W; ++i) position[i] = static_cast<int32_t>(t + i);
-    const vi visible = (position >= static_cast<int32_t>(seen->begin)) & (position < static_cast<int32_t>(seen->end));
+    const vi visible = (position >= static_cast<int32_t>(seen.begin)) & (position < static_cast<int32_t>(seen.end));
     const vf s = visible ? load(scores + t) : splat(-INFINITY);
     store(scores + t, s);
     peak = s > peak ? s : peak;
   }
-  const float most = running->most > largest(peak) ? running->most : largest(peak);
+  partial[0] = largest(peak);
   vf total = vf{};
-  for (uint32_t t = 0; t < kTile; t += W) {
-    const vf p = exponential(load(scores + t) - most);
+  for (uint32_t t = 0; t < kPart; t += W) {
+    const vf p = exponential(load(scores + t) - partial[0]);
     store(scores + t, p);
     total += p;
   }
-  float first[W];
-  store(first, exponential(splat(running->most - most)));
-  seen->scale = first[0];
-  running->most = most;
-  running->total = running->total * seen->scale + sum(total);
+  partial[1] = sum(total);
 }
 
-// acc [R][padded] = acc * scale + weights * values over positions [begin, end) of a tile, for V vectors from i on.
+// partials [R][stride]: weights * values over positions [begin, end) of a part, for V vectors from i on.
 template <int R, int V, class Kv>
-inline void weigh(const Tile<Kv>& tile, const Tile<Kv>& next, uint32_t begin, uint32_t end,
-                  const float (*weights)[kTile], const Seen* seen, uint32_t i, uint32_t padded, float* acc) {
+inline void weigh(const Part<Kv>& part, const Part<Kv>& next, Seen seen, const float (*weights)[kPart], uint32_t i,
+                  uint32_t stride, float* partials) {
   vf sums[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = load(acc + r * padded + i + v * W) * seen[r].scale;
-  for (uint32_t t = begin; t < end; ++t) {
-    const Kv* from = tile.values[t] + i;
+    for (int v = 0; v < V; ++v) sums[r][v] = vf{};
+  for (uint32_t t = seen.begin; t < seen.end; ++t) {
+    const Kv* from = part.values[t] + i;
     for (int line = 0; line < V * W; line += 64 / sizeof(Kv)) __builtin_prefetch(next.values[t] + i + line);
     float p[R];
     for (int r = 0; r < R; ++r) p[r] = weights[r][t];
@@ -137,69 +243,44 @@ inline void weigh(const Tile<Kv>& tile, const Tile<Kv>& next, uint32_t begin, ui
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(acc + r * padded + i + v * W, sums[r][v]);
+    for (int v = 0; v < V; ++v) store(partials + r * stride + kPartialValues + i + v * W, sums[r][v]);
 }
 
+// R rows from `row` on. queries: [R][padded].
 template <int R, class Kv>
-inline void attend_rows(const PhModel* m, const Tile<Kv>& tile, const Tile<Kv>& next, const float* queries, uint32_t d,
-                        uint32_t padded, Seen* seen, Running* running, float* acc) {
-  alignas(64) float scores[R][kTile];
-  uint32_t begin = kTile, end = 0;
+inline void attend_rows(const Rows& rows, uint32_t row, uint32_t start, const Part<Kv>& part, const Part<Kv>& next,
+                        const float* queries, uint32_t d, uint32_t padded, float* partials) {
+  alignas(64) float scores[R][kPart];
+  const PhModel* m = rows.job->model;
+  Seen seen[R], any = {kPart, 0};
   for (int r = 0; r < R; ++r) {
+    seen[r] = seen_by(m, rows.query(row + r).position, start);
     if (seen[r].begin >= seen[r].end) continue;
-    begin = seen[r].begin < begin ? seen[r].begin : begin;
-    end = seen[r].end > end ? seen[r].end : end;
+    any.begin = seen[r].begin < any.begin ? seen[r].begin : any.begin;
+    any.end = seen[r].end > any.end ? seen[r].end : any.end;
   }
-  if (begin >= end) return;
-  for (uint32_t t = begin / W * W; t < end; t += W) score<R>(tile, next, t, queries, d, padded, scores);
-  for (int r = 0; r < R; ++r) soften(m, scores[r], seen + r, running + r);
+  if (any.begin >= any.end) return;
+  for (uint32_t t = 0; t < kPart; t += W)
+    if (t + W > any.begin && t < any.end) score<R>(part, next, t, queries, d, padded, scores);
+  for (int r = 0; r < R; ++r) soften(m, scores[r], seen[r], partials + r * rows.stride);
   uint32_t i = 0;
-  for (; i + 4 * W <= d; i += 4 * W) weigh<R, 4>(tile, next, begin, end, scores, seen, i, padded, acc);
-  for (; i + 2 * W <= d; i += 2 * W) weigh<R, 2>(tile, next, begin, end, scores, seen, i, padded, acc);
-  for (; i < d; i += W) weigh<R, 1>(tile, next, begin, end, scores, seen, i, padded, acc);
+  for (; i + 4 * W <= d; i += 4 * W) weigh<R, 4>(part, next, any, scores, i, rows.stride, partials);
+  for (; i + 2 * W <= d; i += 2 * W) weigh<R, 2>(part, next, any, scores, i, rows.stride, partials);
+  for (; i < d; i += W) weigh<R, 1>(part, next, any, scores, i, rows.stride, partials);
+  for (int r = 0; r < R; ++r)
+    if (seen[r].begin < seen[r].end) combine(rows.at(row + r), partials + r * rows.stride, rows.stride);
 }
 
-// --- a block of queries ---
-
-struct Scratch {
-  float* zeros;    // [padded]
-  float* keys;     // [64][padded]
-  float* values;   // [64][padded]
-  float* queries;  // [rows][padded], scaled
-  float* acc;      // [rows][padded]
-  Running* running;
-};
-
-// Positions [begin, end) of the tile from `start` on; the others are zeros.
+// The seen positions of a part as floats, each padded with zeros.
 template <class Kv>
-inline void find_tile(const Attention* job, uint32_t start, uint32_t begin, uint32_t end, const void* zeros,
-                      Tile<Kv>* tile) {
-  const uint32_t d = job->model->head_dim, page_size = job->pool->page_size;
-  for (uint32_t t = 0; t < kTile; ++t) tile->keys[t] = tile->values[t] = static_cast<const Kv*>(zeros);
-  for (uint32_t position = begin; position < end;) {
-    const uint32_t in_page = position % page_size;
-    const uint32_t count = end - position < page_size - in_page ? end - position : page_size - in_page;
-    const uint64_t entry = job->chunk->row[position / page_size];
-    const Kv* keys = reinterpret_cast<const Kv*>(slots(job, entry, 0)) + size_t{in_page} * d;
-    const Kv* values = reinterpret_cast<const Kv*>(slots(job, entry, 1)) + size_t{in_page} * d;
-    for (uint32_t t = position - start; t < position - start + count; ++t, keys += d, values += d) {
-      tile->keys[t] = keys;
-      tile->values[t] = values;
-    }
-    position += count;
-  }
-}
-
-// The seen part of a tile as floats, each position padded with zeros.
-template <class Kv>
-inline void convert_tile(const Tile<Kv>& tile, uint32_t first, uint32_t last, uint32_t d, uint32_t padded,
-                         const Scratch& scratch, Tile<float>* converted) {
-  for (uint32_t t = 0; t < kTile; ++t) {
-    converted->keys[t] = converted->values[t] = scratch.zeros;
-    if (t < first || t >= last) continue;
+inline void convert_part(const Part<Kv>& part, const float* zeros, uint32_t d, uint32_t padded, float* memory,
+                         Part<float>* converted) {
+  for (uint32_t t = 0; t < kPart; ++t) {
+    converted->keys[t] = converted->values[t] = zeros;
+    if (t < part.seen.begin || t >= part.seen.end) continue;
     for (uint32_t which = 0; which < 2; ++which) {
-      const Kv* from = which ? tile.values[t] : tile.keys[t];
-      float* to = (which ? scratch.values : scratch.keys) + size_t{t} * padded;
+      const Kv* from = which ? part.values[t] : part.keys[t];
+      float* to = memory + (size_t{which} * kPart + t) * padded;
       uint32_t i = 0;
       for (; i + W <= d; i += W) store(to + i, load(from + i));
       for (; i < padded; ++i) to[i] = i < d ? to_float(from[i]) : 0.0f;
@@ -209,80 +290,45 @@ inline void convert_tile(const Tile<Kv>& tile, uint32_t first, uint32_t last, ui
 }
 
 template <class Kv>
-inline void attend_tiles(const Attention* job, const Scratch& scratch, uint32_t rows, uint32_t padded) {
-  const PhModel* m = job->model;
-  const uint32_t d = m->head_dim, group = m->heads / m->kv_heads, window = m->sliding_window;
-  const uint32_t from = job->chunk->start + job->first, until = job->chunk->start + job->last;
-  const uint32_t seen_from = window != 0 && from + 1 > window ? from + 1 - window : 0;
+inline void attend_in_float(const Attention* job, Rows* rows, float* memory) {
+  const uint32_t d = job->model->head_dim, padded = pad16(d);
+  float* zeros = memory;
+  float* queries = zeros + padded;
+  float* partials = queries + size_t{rows->count} * padded;
+  float* floats = partials + kAttentionRows * rows->stride;
+  const float scale = 1.0f / sqrtf(static_cast<float>(d));
+  memset(zeros, 0, padded * sizeof(float));
+  for (uint32_t row = 0; row < rows->count; ++row) {
+    const float* from = rows->query(row).projected + size_t{rows->head(row)} * d;
+    for (uint32_t i = 0; i < padded; ++i) queries[row * padded + i] = i < d ? from[i] * scale : 0.0f;
+  }
   // Few rows read pages as they are; many rows are worth one conversion, as are heads that are no whole vectors.
-  const bool convert = d % W != 0 || (sizeof(Kv) == 2 && rows > 2 * kAttentionRows);
-  Tile<Kv> tiles[2];
-  Tile<float> converted;
-  const uint32_t first = seen_from / kTile * kTile;
-  find_tile(job, first, seen_from, first + kTile < until ? first + kTile : until, scratch.zeros, tiles);
-  for (uint32_t start = first; start < until; start += kTile) {
-    const uint32_t begin = start > seen_from ? start : seen_from;
-    const uint32_t end = start + kTile < until ? start + kTile : until;
-    const Tile<Kv>& tile = tiles[(start - first) / kTile % 2];
-    const Tile<Kv>& next = tiles[end < until ? (end - first) / kTile % 2 : (start - first) / kTile % 2];
-    if (end < until)
-      find_tile(job, end, end, end + kTile < until ? end + kTile : until, scratch.zeros,
-                tiles + (end - first) / kTile % 2);
-    if (convert) convert_tile(tile, begin - start, end - start, d, padded, scratch, &converted);
-    in_blocks<kAttentionRows>(rows, [&](uint32_t h, auto count) {
+  const bool convert = d % W != 0 || (sizeof(Kv) == 2 && rows->count > 2 * kAttentionRows);
+  Part<float> converted;
+  over_parts<Kv>(job, zeros, rows, [&](uint32_t start, const Part<Kv>& part, const Part<Kv>& next) {
+    if (convert) convert_part(part, zeros, d, padded, floats, &converted);
+    in_blocks<kAttentionRows>(rows->count, [&](uint32_t row, auto count) {
       constexpr int R = decltype(count)::value;
-      Seen seen[R];
-      for (int r = 0; r < R; ++r) {
-        const uint32_t position = from + (h + r) / group;
-        const uint32_t lowest = window != 0 && position + 1 > window ? position + 1 - window : 0;
-        seen[r].begin = lowest > start ? lowest - start : 0;
-        seen[r].end = position < start ? 0 : (position + 1 < end ? position + 1 : end) - start;
-      }
-      const float* queries = scratch.queries + h * padded;
-      float* acc = scratch.acc + h * padded;
+      const float* from = queries + size_t{row} * padded;
       if (convert) {
-        attend_rows<R>(m, converted, converted, queries, padded, padded, seen, scratch.running + h, acc);
+        attend_rows<R>(*rows, row, start, converted, converted, from, padded, padded, partials);
       } else {
-        attend_rows<R>(m, tile, next, queries, d, padded, seen, scratch.running + h, acc);
+        attend_rows<R>(*rows, row, start, part, next, from, d, padded, partials);
       }
     });
-  }
+  });
 }
 
 template <class Input>
 void attend(const Attention* job, float* memory) {
-  const PhModel* m = job->model;
-  const uint32_t d = m->head_dim, group = m->heads / m->kv_heads, padded = pad16(d);
-  Scratch scratch;
-  scratch.zeros = memory;
-  scratch.keys = scratch.zeros + padded;
-  scratch.values = scratch.keys + kTile * padded;
-  scratch.queries = scratch.values + kTile * padded;
-  scratch.acc = scratch.queries + kQueryBlock * group * padded;
-  scratch.running = reinterpret_cast<Running*>(scratch.acc + kQueryBlock * group * padded);
-  const uint32_t rows = (job->last - job->first) * group;
-  const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  memset(scratch.zeros, 0, padded * sizeof(float));
-  memset(scratch.acc, 0, size_t{rows} * padded * sizeof(float));
-  for (uint32_t h = 0; h < rows; ++h) {
-    const float* from =
-        job->qkv + size_t{job->first + h / group} * job->qkv_stride + size_t{job->kv_head * group + h % group} * d;
-    for (uint32_t i = 0; i < padded; ++i) scratch.queries[h * padded + i] = i < d ? from[i] * scale : 0.0f;
-    scratch.running[h] = {-INFINITY, 0.0f};
-  }
-  if (m->kv_bfloat16) {
-    attend_tiles<uint16_t>(job, scratch, rows, padded);
+  Rows rows(job, memory);
+  if (job->model->kv_bfloat16) {
+    attend_in_float<uint16_t>(job, &rows, rows.end());
   } else {
-    attend_tiles<float>(job, scratch, rows, padded);
+    attend_in_float<float>(job, &rows, rows.end());
   }
-  typedef typename Input::type T;
-  for (uint32_t h = 0; h < rows; ++h) {
-    T* out = static_cast<T*>(job->output) + size_t{job->first + h / group} * job->output_stride +
-             size_t{job->kv_head * group + h % group} * d;
-    // Adding 0 makes a -0 a 0: an unseen position can turn one into the other, and another chunking have none.
-    for (uint32_t i = 0; i < d; ++i)
-      out[i] = Input::convert(scratch.acc[h * padded + i] / scratch.running[h].total + 0.0f);
-  }
+  for (uint32_t row = 0; row < rows.count; ++row)
+    if (rows.query(row).partials == nullptr) finish<Input>(job->model, rows.query(row), rows.head(row), rows.at(row));
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "crew.h"
 #include "isa.h"
 #include "matrix.h"
+#include "plan.h"
 #include "processor.h"
 #include "sampling.h"
 #include "threads.h"
@@ -47,10 +48,6 @@ class Buffer {
 };
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
-
-struct QueryBlock {
-  uint32_t chunk, kv_head, first, last;
-};
 
 struct Results {
   uint32_t* tokens;
@@ -85,9 +82,9 @@ struct PhEngine {
   const IsaTable* isa;
   ThreadPool threads;
   Crew crew;
-  Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, expanded;
+  Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, partials, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
-  std::vector<QueryBlock> blocks;
+  AttentionPlan attention_plan;
   std::vector<Place> sampled;
 
   PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
@@ -95,10 +92,8 @@ struct PhEngine {
     model.layer = layers.data();
   }
 
-  uint32_t attention_scratch() const {
-    const uint32_t padded = pad16(model.head_dim), group = model.heads / model.kv_heads;
-    const uint32_t floats = (2 * kTile + 1) * padded + kQueryBlock * group * (2 * padded + 2);
-    return (floats + 15) / 16 * 16;
+  uint32_t attention_scratch_floats() const {
+    return pad16(attention_scratch(model.head_dim, model.heads / model.kv_heads));
   }
 
   template <class F>
@@ -133,8 +128,8 @@ struct PhEngine {
 
   void embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride);
   void norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride);
-  void layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint32_t rows, float* x);
-  void attention(uint32_t index, const PhChunk* chunks, uint32_t count);
+  void layer(uint32_t index, uint32_t rows, float* x);
+  void attention(uint32_t index);
   uint32_t plan(const PhChunk* chunks, uint32_t count);
   void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);
   int step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
@@ -167,42 +162,36 @@ void PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, uin
   });
 }
 
-void PhEngine::attention(uint32_t index, const PhChunk* chunks, uint32_t count) {
-  const uint32_t qkv_stride = pad32((model.heads + 2 * model.kv_heads) * model.head_dim);
-  const uint32_t out_stride = pad32(model.heads * model.head_dim);
-  float* projected = qkv.get<float>(0);
-  uint8_t* out = attended.get<uint8_t>(0);
-  const uint32_t scratch_size = attention_scratch();
+void PhEngine::attention(uint32_t index) {
+  const auto job_of = [&](const Piece& piece, uint32_t kv_head) {
+    return Attention{&model,      &pool,        piece.row, attention_plan.queries() + piece.query,
+                     piece.count, index,        kv_head,   piece.first,
+                     piece.last,  piece.leading};
+  };
+  const auto append = [&](const Attention& job) {
+    for (uint32_t q = 0; q < job.count; ++q) isa->append(&job, job.queries + q);
+  };
+  const uint32_t kv_heads = model.kv_heads, scratch_size = attention_scratch_floats();
+  const auto& pieces = attention_plan.pieces();
+  const auto& blocks = attention_plan.blocks();
+  const auto& merges = attention_plan.merges();
   float* memory = scratch.get<float>(0);
-  auto job_of = [&](const QueryBlock& block) {
-    return Attention{&model,
-                     &pool,
-                     chunks + block.chunk,
-                     projected + size_t{row_of[block.chunk]} * qkv_stride,
-                     qkv_stride,
-                     out + size_t{row_of[block.chunk]} * out_stride * isa->input_size,
-                     out_stride,
-                     index,
-                     block.kv_head,
-                     block.first,
-                     block.last};
-  };
-  bool decodes_only = true;
-  for (uint32_t c = 0; c < count; ++c) decodes_only = decodes_only && chunks[c].count == 1;
-  auto append = [&](const Attention& job) {
-    for (uint32_t i = job.first; i < job.last; ++i) isa->append(&job, job.chunk->start + i);
-  };
-  // A later block of a chunk reads what an earlier one appends: they join in between.
-  if (!decodes_only)
-    parallel(static_cast<uint32_t>(blocks.size()), [&](uint32_t piece, uint32_t) { append(job_of(blocks[piece])); });
-  parallel(static_cast<uint32_t>(blocks.size()), [&](uint32_t piece, uint32_t thread) {
-    const Attention job = job_of(blocks[piece]);
-    if (decodes_only) append(job);
+  if (!attention_plan.appends_alone())
+    parallel(static_cast<uint32_t>(blocks.size()) * kv_heads,
+             [&](uint32_t i, uint32_t) { append(job_of(blocks[i / kv_heads], i % kv_heads)); });
+  parallel(static_cast<uint32_t>(pieces.size()) * kv_heads, [&](uint32_t i, uint32_t thread) {
+    const Attention job = job_of(pieces[i / kv_heads], i % kv_heads);
+    if (attention_plan.appends_alone()) append(job);
     isa->attend(&job, memory + size_t{thread} * scratch_size);
+  });
+  parallel(static_cast<uint32_t>(merges.size()), [&](uint32_t i, uint32_t thread) {
+    const Merge& merge = merges[i];
+    isa->merge(&model, attention_plan.queries() + merge.query, merge.partials, merge.next, merge.slots,
+               memory + size_t{thread} * scratch_size);
   });
 }
 
-void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint32_t rows, float* x) {
+void PhEngine::layer(uint32_t index, uint32_t rows, float* x) {
   const PhLayer& w = layers[index];
   const uint32_t stride = pad32(model.hidden);
   const uint32_t qkv_outputs = (model.heads + 2 * model.kv_heads) * model.head_dim;
@@ -215,7 +204,7 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
   over_panels(ceil_div(qkv_outputs, 32), rows,
               [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear(&qkv_job, a, b, to); });
 
-  attention(index, chunks, count);
+  attention(index);
 
   const Linear out_job{attended.get<uint8_t>(0),
                        rows,
@@ -260,19 +249,19 @@ void PhEngine::layer(uint32_t index, const PhChunk* chunks, uint32_t count, uint
 uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
   uint32_t rows = 0;
   row_of.clear();
-  blocks.clear();
   sampled.clear();
   for (uint32_t c = 0; c < count; ++c) {
     row_of.push_back(rows);
     rows += chunks[c].count;
     for (uint32_t i = chunks[c].count - chunks[c].sample; i < chunks[c].count; ++i) sampled.push_back({c, i});
-    for (uint32_t first = 0; first < chunks[c].count; first += kQueryBlock)
-      for (uint32_t head = 0; head < model.kv_heads; ++head)
-        blocks.push_back({c, head, first, std::min(first + kQueryBlock, chunks[c].count)});
   }
-  qkv.get<float>(size_t{rows} * pad32((model.heads + 2 * model.kv_heads) * model.head_dim));
-  attended.get<uint8_t>(size_t{rows} * pad32(model.heads * model.head_dim) * isa->input_size);
-  scratch.get<float>(size_t{attention_scratch()} * threads.size());
+  const uint32_t inputs = pad32((model.heads + 2 * model.kv_heads) * model.head_dim);
+  const size_t outputs = size_t{pad32(model.heads * model.head_dim)} * isa->input_size;
+  float* projected = qkv.get<float>(size_t{rows} * inputs);
+  uint8_t* out = attended.get<uint8_t>(rows * outputs);
+  attention_plan.make({&model, chunks, count, threads.used(), projected, inputs, out, outputs});
+  attention_plan.place(partials.get<float>(attention_plan.partial_floats()));
+  scratch.get<float>(size_t{attention_scratch_floats()} * threads.size());
   return rows;
 }
 
@@ -283,7 +272,7 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
   product.get<uint8_t>(size_t{rows} * pad32(model.intermediate) * isa->input_size);
 
   embed(chunks, count, x, stride);
-  for (uint32_t index = 0; index < model.layers; ++index) layer(index, chunks, count, rows, x);
+  for (uint32_t index = 0; index < model.layers; ++index) layer(index, rows, x);
 
   // Rows whose logits are wanted, side by side: all of them for a test, else those that are sampled after.
   const uint32_t wanted = all_logits != nullptr ? rows : static_cast<uint32_t>(sampled.size());
@@ -349,7 +338,7 @@ void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, con
   const uint32_t inputs = outputs + 2 * model.kv_heads * model.head_dim;
   for (uint32_t r = 0; r < rows; ++r)
     memcpy(qkv.get<float>(0) + size_t{r} * pad32(inputs), from + size_t{r} * inputs, size_t{inputs} * 4);
-  attention(index, chunks, count);
+  attention(index);
   for (uint32_t r = 0; r < rows; ++r) {
     for (uint32_t i = 0; i < outputs; ++i) {
       const size_t at = size_t{r} * pad32(outputs) + i;

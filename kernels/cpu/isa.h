@@ -21,16 +21,27 @@ struct Linear {
   uint32_t outputs;   // N without padding, for the bias
 };
 
+// One position whose heads attend, as one piece of work sees it.
+struct Query {
+  uint32_t position;
+  bool write;        // append K and V; else they are in the page
+  float* projected;  // its row of q | k | v
+  void* output;      // [heads * head_dim], of the input type
+  float* partials;   // slots for what the piece makes of it; null when it has all that the query sees
+};
+
+// The heads of one kv head attend to parts [first, last) of a context: positions [first * kPart, last * kPart), as far
+// as a query sees them.
 struct Attention {
   const PhModel* model;
   const PhPool* pool;
-  const PhChunk* chunk;
-  const float* qkv;  // rows of this chunk, [count, qkv_stride]
-  uint32_t qkv_stride;
-  void* output;  // [count, output_stride], of the input type
-  uint32_t output_stride;
+  const uint64_t* row;  // block table
+  const Query* queries;
+  uint32_t count;  // of queries; at most attention_queries()
   uint32_t layer, kv_head;
-  uint32_t first, last;  // queries [first, last) of the chunk
+  uint32_t first, last;
+  // What the queries see begins here: parts are combined, into one slot. Else each part has a slot.
+  bool leading;
 };
 
 // The noise of one draw; a token's counter is (position, index, token, 0), the key the seed.
@@ -50,11 +61,14 @@ struct IsaTable {
   void (*linear_gate_up)(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded);
   // RMSNorm of one row into the input type, zero-padded to `padded`.
   void (*norm)(const float* x, const float* weight, uint32_t n, uint32_t padded, float eps, void* out);
-  // Query/key norm and rotary of one position's qkv row in place, for one kv head and its queries, then
-  // K and V into the page unless position < write_from.
-  void (*append)(const Attention* job, uint32_t position);
+  // Query/key norm and rotary of a position's row in place, for one kv head and its queries, then K and V into the
+  // page.
+  void (*append)(const Attention* job, const Query* query);
   // Scratch: floats, at least attention_scratch() of them.
   void (*attend)(const Attention* job, float* scratch);
+  // Slot 0, then slots [next, slots) of a query to its output.
+  void (*merge)(const PhModel* model, const Query* query, const float* partials, uint32_t next, uint32_t slots,
+                float* scratch);
   // The largest of n floats, -inf for none.
   float (*largest)(const float* x, uint32_t n);
   // Indices of x >= least, in order, into ids [n]. Returns how many.
@@ -66,8 +80,8 @@ struct IsaTable {
   uint32_t (*contenders)(const Noise* noise, const float* z, uint32_t first, uint32_t count, float most, uint32_t* ids);
 };
 
-constexpr uint32_t kTile = 64;        // positions that attention reduces at once, counted from 0
-constexpr uint32_t kQueryBlock = 16;  // queries of a chunk in one piece of work
+constexpr uint32_t kPart = 128;       // positions that attention reduces at once, counted from 0
+constexpr uint32_t kRowBlock = 96;    // rows (a query of one head) in one piece of work, unless one query has more
 constexpr uint32_t kNoiseBlock = 64;  // tokens whose noise is made at once
 
 // Philox4x32 (Salmon et al., SC 2011).
@@ -87,8 +101,22 @@ static constexpr size_t panel_size(uint32_t encoding, uint32_t pairs) {
 // Two panels, gate and up, as bfloat16, in whole blocks.
 static constexpr size_t expanded_size(uint32_t pairs) { return 2 * (size_t{pairs} + kBlock / 2) * 2 * kPanel; }
 
+// Partial: what one head of a query has of some parts, as floats [partial_size()]: the largest score, the sum of
+// weights, 14 unused, then the weighted values. A largest score of -inf: nothing seen. A slot is one for each head of a
+// query.
+constexpr uint32_t kPartialValues = 16;
+
 static constexpr uint32_t pad16(uint32_t n) { return (n + 15) / 16 * 16; }
 static constexpr uint32_t pad32(uint32_t n) { return (n + 31) / 32 * 32; }
+
+static constexpr uint32_t partial_size(uint32_t head_dim) { return kPartialValues + pad32(head_dim); }
+static constexpr uint32_t attention_queries(uint32_t group) { return kRowBlock > group ? kRowBlock / group : 1; }
+// Floats for either way to attend: zeros, keys and values of a part, its scores and weights; queries and sums of rows.
+static constexpr uint32_t attention_scratch(uint32_t head_dim, uint32_t group) {
+  const uint32_t rows = pad16(attention_queries(group) * group);
+  return (2 * kPart + 1) * pad32(head_dim) + 32 * kPart + 16 * partial_size(head_dim) +
+         rows * (pad32(head_dim) + partial_size(head_dim));
+}
 
 const IsaTable* portable_table(bool bfloat16_inputs);
 const IsaTable* avx2_table(bool bfloat16_inputs);

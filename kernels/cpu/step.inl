@@ -33,6 +33,7 @@ constexpr IsaTable make_table(const char* name) {
           norm<Input>,
           append,
           attend<Input>,
+          merge<Input>,
           largest_of,
           at_least,
           weight_of,

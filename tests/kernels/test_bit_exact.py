@@ -22,7 +22,8 @@ from tests.kernels.variants import (
     random_tensors,
 )
 
-LENGTH = 150  # more than two tiles of attention
+LENGTH = 150  # more than one part of attention
+LONG = 1400  # so many that a context is cut for several threads
 MATES = 31
 
 
@@ -201,6 +202,60 @@ def test_signs_of_zeros(variant: Variant) -> None:
         together = model.attend(0, as_chunks([lane.chunk(0, 60)]), qkv)
         alone = [model.attend(0, as_chunks([lane.chunk(i, 1)]), qkv[i : i + 1]) for i in range(60)]
         np.testing.assert_array_equal(np.concatenate(alone).view(np.uint32), together.view(np.uint32))
+    finally:
+        model.close()
+
+
+@dataclass
+class Context:
+    """Attention of one layer over a long context: 1 thread, all positions in one chunk."""
+
+    variant: Variant
+    shape: ModelShape
+    dtype: str
+    qkv: np.ndarray  # float32 [LONG, ...]
+    output: np.ndarray  # float32 [LONG, heads * head_dim]
+
+    def model(self, threads: int) -> NativeModel:
+        return self.variant.attention(self.shape, self.dtype, self.dtype, threads)
+
+
+@pytest.fixture(scope="module", params=["grouped-float32", "grouped-bfloat16", "windowed-bfloat16"])
+def context(request: pytest.FixtureRequest, variant: Variant) -> Context:
+    name, dtype = request.param.split("-")
+    window = {"grouped": 0, "windowed": 1200}[name]
+    shape = replace(GROUPED, heads=4, max_positions=LONG, sliding_window=window, qk_norm=False)
+    rng = np.random.default_rng(5)
+    qkv = rng.normal(size=(LONG, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)).astype(np.float32)
+    context = Context(variant, shape, dtype, qkv, np.empty(0))
+    model = context.model(1)
+    try:
+        pages = Pages(model, shape, dtype, 100, 16)
+        lane = sequence(pages, length=LONG)
+        context.output = model.attend(0, as_chunks([lane.chunk(0, LONG)]), qkv)
+    finally:
+        model.close()
+    assert np.isfinite(context.output).all() and context.output.std() > 0.01
+    return context
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_long_context_in_pieces(context: Context, threads: int) -> None:
+    """A step is cut by threads and by what else it has: a decode, some positions, a chunk, each alone and together."""
+    model = context.model(threads)
+    try:
+        pages = Pages(model, context.shape, context.dtype, 500, 16)
+        spans = [(LONG - 1, 1), (LONG - 9, 9), (1000, 70), (LONG // 2, 1), (1151, 2)]
+        lanes = [sequence(pages, length=LONG) for _ in spans]
+        for lane in lanes:
+            model.attend(0, as_chunks([lane.chunk(0, LONG)]), context.qkv)
+        chunks = [lane.chunk(start, count) for lane, (start, count) in zip(lanes, spans, strict=True)]
+        rows = [context.qkv[start : start + count] for start, count in spans]
+        wanted = [context.output[start : start + count] for start, count in spans]
+        for batch in ([0], [1], [2], [3], [4], [0, 3], [0, 1, 2, 3, 4]):
+            got = model.attend(0, as_chunks([chunks[i] for i in batch]), np.concatenate([rows[i] for i in batch]))
+            expected = np.concatenate([wanted[i] for i in batch])
+            np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
     finally:
         model.close()
 

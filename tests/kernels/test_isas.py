@@ -68,7 +68,7 @@ def test_settings_name_them_as_the_library_does(monkeypatch: pytest.MonkeyPatch)
 def objects(emulated_build: Path) -> dict[str, Path]:
     """The object files by their source's name."""
     found = {path.name.removesuffix(".cpp.o"): path for path in emulated_build.rglob("*.cpp.o")}
-    assert {*(f"isa_{isa}" for isa in KNOWN), "engine", "processor", "sampling", "threads"} <= set(found)
+    assert {*(f"isa_{isa}" for isa in KNOWN), "engine", "plan", "processor", "sampling", "threads"} <= set(found)
     return found
 
 
@@ -93,7 +93,7 @@ def test_nothing_runs_when_the_library_is_loaded(objects: dict[str, Path]) -> No
 
 
 def test_what_every_processor_runs_has_no_wide_registers(objects: dict[str, Path]) -> None:
-    for name in ("isa_portable", "engine", "processor", "sampling", "threads"):
+    for name in ("isa_portable", "engine", "plan", "processor", "sampling", "threads"):
         code = subprocess.run(["objdump", "-d", objects[name]], check=True, capture_output=True, text=True).stdout
         assert "%xmm" in code or name in ("processor", "threads")
         assert not re.search(r"%[yz]mm", code), name

@@ -57,13 +57,17 @@ struct Rows {
     memset(sums, 0, size_t{count} * stride * sizeof(float));
     for (uint32_t row = 0; row < count; ++row) at(row)[0] = -INFINITY;
   }
-  // Into the slots of those queries that have more than one.
+  float* place(uint32_t slot, uint32_t row) const {
+    float* slots = query(row).partials;
+    return slots == nullptr ? nullptr : slots + (size_t{slot} * job->model->heads + head(row)) * stride;
+  }
   void keep(uint32_t slot) const {
-    for (uint32_t row = 0; row < count; ++row) {
-      if (query(row).partials == nullptr) continue;
-      const size_t place = size_t{slot} * job->model->heads + head(row);
-      memcpy(query(row).partials + place * stride, at(row), stride * sizeof(float));
-    }
+    for (uint32_t row = 0; row < count; ++row)
+      if (float* to = place(slot, row)) memcpy(to, at(row), stride * sizeof(float));
+  }
+  void keep_nothing(uint32_t slot) const {
+    for (uint32_t row = 0; row < count; ++row)
+      if (float* to = place(slot, row)) to[0] = -INFINITY;
   }
 };
 
@@ -80,16 +84,17 @@ __attribute__((noinline)) void combine(float* sums, const float* part, uint32_t 
 template <class Input>
 inline void finish(const PhModel* m, const Query& query, uint32_t head, const float* sums) {
   typename Input::type* out = static_cast<typename Input::type*>(query.output) + size_t{head} * m->head_dim;
+  const float share = 1.0f / sums[1];
   // Adding 0 makes a -0 a 0: an unseen position can turn one into the other, and another chunking have none.
-  for (uint32_t i = 0; i < m->head_dim; ++i) out[i] = Input::convert(sums[kPartialValues + i] / sums[1] + 0.0f);
+  for (uint32_t i = 0; i < m->head_dim; ++i) out[i] = Input::convert(sums[kPartialValues + i] * share + 0.0f);
 }
 
 template <class Input>
-void merge(const PhModel* m, const Query* query, const float* partials, uint32_t next, uint32_t slots, float* sums) {
+void merge(const PhModel* m, const Query* query, const float* partials, uint32_t slots, float* sums) {
   const uint32_t stride = partial_size(m->head_dim);
   for (uint32_t head = 0; head < m->heads; ++head) {
     memcpy(sums, partials + size_t{head} * stride, stride * sizeof(float));
-    for (uint32_t slot = next; slot < slots; ++slot) {
+    for (uint32_t slot = 1; slot < slots; ++slot) {
       const float* part = partials + (size_t{slot} * m->heads + head) * stride;
       if (part[0] != -INFINITY) combine(sums, part, stride);
     }
@@ -131,6 +136,8 @@ struct Part {
   const Kv* values[kPart];
 };
 
+constexpr uint32_t kFirstLines = 4;  // of a page's keys: the hardware then fetches on by itself
+
 template <class Kv>
 inline void find_part(const Attention* job, uint32_t part, const void* zeros, Part<Kv>* found) {
   const uint32_t d = job->model->head_dim, page_size = job->pool->page_size, start = part * kPart;
@@ -142,6 +149,10 @@ inline void find_part(const Attention* job, uint32_t part, const void* zeros, Pa
     const uint64_t entry = job->row[(start + t) / page_size];
     const Kv* keys = reinterpret_cast<const Kv*>(slots(job, entry, 0)) + size_t{in_page} * d;
     const Kv* values = reinterpret_cast<const Kv*>(slots(job, entry, 1)) + size_t{in_page} * d;
+    for (uint32_t line = 0; line < kFirstLines; ++line) {
+      __builtin_prefetch(keys + line * 64 / sizeof(Kv), 0, 2);
+      __builtin_prefetch(values + line * 64 / sizeof(Kv), 0, 2);
+    }
     for (const uint32_t stop = t + count; t < stop; ++t, keys += d, values += d) {
       found->keys[t] = keys;
       found->values[t] = values;
@@ -162,7 +173,9 @@ inline void over_parts(const Attention* job, const void* zeros, Rows* rows, F&& 
     rows->keep(p - job->first);
     rows->clear();
   }
-  if (job->leading) rows->keep(0);
+  if (!job->leading) return;
+  rows->keep(0);
+  for (uint32_t slot = 1; slot < job->last - job->first; ++slot) rows->keep_nothing(slot);
 }
 
 // --- one part in float ---
@@ -317,18 +330,6 @@ inline void attend_in_float(const Attention* job, Rows* rows, float* memory) {
       }
     });
   });
-}
-
-template <class Input>
-void attend(const Attention* job, float* memory) {
-  Rows rows(job, memory);
-  if (job->model->kv_bfloat16) {
-    attend_in_float<uint16_t>(job, &rows, rows.end());
-  } else {
-    attend_in_float<float>(job, &rows, rows.end());
-  }
-  for (uint32_t row = 0; row < rows.count; ++row)
-    if (rows.query(row).partials == nullptr) finish<Input>(job->model, rows.query(row), rows.head(row), rows.at(row));
 }
 
 }  // namespace

@@ -186,7 +186,7 @@ void PhEngine::attention(uint32_t index) {
   });
   parallel(static_cast<uint32_t>(merges.size()), [&](uint32_t i, uint32_t thread) {
     const Merge& merge = merges[i];
-    isa->merge(&model, attention_plan.queries() + merge.query, merge.partials, merge.next, merge.slots,
+    isa->merge(&model, attention_plan.queries() + merge.query, merge.partials, merge.slots,
                memory + size_t{thread} * scratch_size);
   });
 }
@@ -259,7 +259,7 @@ uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
   const size_t outputs = size_t{pad32(model.heads * model.head_dim)} * isa->input_size;
   float* projected = qkv.get<float>(size_t{rows} * inputs);
   uint8_t* out = attended.get<uint8_t>(rows * outputs);
-  attention_plan.make({&model, chunks, count, threads.used(), projected, inputs, out, outputs});
+  attention_plan.make({&model, chunks, count, pool.page_size, threads.used(), projected, inputs, out, outputs});
   attention_plan.place(partials.get<float>(attention_plan.partial_floats()));
   scratch.get<float>(size_t{attention_scratch_floats()} * threads.size());
   return rows;

@@ -40,7 +40,8 @@ struct Attention {
   uint32_t count;  // of queries; at most attention_queries()
   uint32_t layer, kv_head;
   uint32_t first, last;
-  // What the queries see begins here: parts are combined, into one slot. Else each part has a slot.
+  // What the queries see begins here: parts are combined into the first slot, the other slots stay empty.
+  // Else each part has its slot.
   bool leading;
 };
 
@@ -66,9 +67,8 @@ struct IsaTable {
   void (*append)(const Attention* job, const Query* query);
   // Scratch: floats, at least attention_scratch() of them.
   void (*attend)(const Attention* job, float* scratch);
-  // Slot 0, then slots [next, slots) of a query to its output.
-  void (*merge)(const PhModel* model, const Query* query, const float* partials, uint32_t next, uint32_t slots,
-                float* scratch);
+  // Slots [0, slots) of a query to its output.
+  void (*merge)(const PhModel* model, const Query* query, const float* partials, uint32_t slots, float* scratch);
   // The largest of n floats, -inf for none.
   float (*largest)(const float* x, uint32_t n);
   // Indices of x >= least, in order, into ids [n]. Returns how many.

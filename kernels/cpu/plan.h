@@ -17,9 +17,10 @@ struct Piece {
   uint64_t cost;  // of one kv head
 };
 
-// A query whose pieces are to be put together: slot 0, then slots [next, slots), one a part.
+// A query whose pieces are to be put together.
 struct Merge {
-  uint32_t query, next, slots;
+  uint32_t query, slots;
+  size_t slot;  // the first
   const float* partials;
 };
 
@@ -29,7 +30,7 @@ class AttentionPlan {
   struct Step {
     const PhModel* model;
     const PhChunk* chunks;
-    uint32_t count, threads;
+    uint32_t count, page_size, threads;
     float* projected;  // [rows, projected_stride]
     uint32_t projected_stride;
     uint8_t* output;  // [rows, output_stride], in bytes
@@ -49,15 +50,28 @@ class AttentionPlan {
   bool appends_alone() const { return appends_alone_; }
 
  private:
+  struct Kept {
+    uint32_t query, count;
+  };
+
   void read_chunks(const Step& step);
-  void allot(const Piece& block, uint32_t next);
+  void share(const Step& step);
+  void share(uint32_t first, uint32_t last, uint32_t done);
+  void take_together(uint32_t first, uint32_t last, uint32_t done, uint32_t common);
+  void cut(const Piece& block, uint64_t fair);
+  void allot(const Piece& block);
   void add(const Piece& block, uint32_t first, uint32_t last);
 
   size_t slot_size_ = 0, slots_ = 0;
   bool appends_alone_ = false;
   uint32_t group_ = 0;
-  std::vector<Query> queries_;  // of all positions; then of pieces that leave partial results
-  std::vector<size_t> slot_;    // of each query, its first; for a position, that of part 0 of its block
-  std::vector<Piece> blocks_, pieces_;
+  std::vector<Query> queries_;    // of all positions; then of pieces that leave partial results
+  std::vector<size_t> slot_;      // of part 0 of each query, or kNone; of kept ones, of their piece
+  std::vector<Piece> blocks_;     // every position once
+  std::vector<Piece> sharers_;    // blocks that may share a prefix, sorted by block table
+  std::vector<uint32_t> common_;  // parts that a sharer has in common with the next
+  std::vector<Piece> todo_;       // blocks and shared prefixes, before they are cut
+  std::vector<Piece> pieces_;
+  std::vector<Kept> kept_;  // queries that leave partial results
   std::vector<Merge> merges_;
 };

@@ -24,6 +24,18 @@
 namespace {
 
 template <class Input>
+void attend(const Attention* job, float* memory) {
+  Rows rows(job, memory);
+  if (job->model->kv_bfloat16) {
+    attend_in_float<uint16_t>(job, &rows, rows.end());
+  } else {
+    attend_in_float<float>(job, &rows, rows.end());
+  }
+  for (uint32_t row = 0; row < rows.count; ++row)
+    if (rows.query(row).partials == nullptr) finish<Input>(job->model, rows.query(row), rows.head(row), rows.at(row));
+}
+
+template <class Input>
 constexpr IsaTable make_table(const char* name) {
   return {name,
           sizeof(typename Input::type),

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 namespace {
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -69,21 +71,29 @@ inline void store(uint16_t* p, vf v) {
   *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(half, vh);
 }
 
-// Lanes are added in halves: one fixed tree.
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (vi){__VA_ARGS__})
+#endif
+
+// Each lane is joined with the one `half` further on, then with half of that, down to 1: one fixed tree.
+template <uint32_t half, class F, int... I>
+inline float join(vf v, F&& f, std::integer_sequence<int, I...> lanes) {
+  v = f(v, SHUFFLE(v, v, (I + int(half)) % W...));
+  if constexpr (half > 1) {
+    return join<half / 2>(v, f, lanes);
+  } else {
+    return v[0];
+  }
+}
+
 inline float sum(vf v) {
-  float lanes[W];
-  store(lanes, v);
-  for (uint32_t half = W / 2; half > 0; half /= 2)
-    for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return join<W / 2>(v, [](vf x, vf y) { return x + y; }, std::make_integer_sequence<int, W>{});
 }
 
 inline float largest(vf v) {
-  float lanes[W];
-  store(lanes, v);
-  float most = lanes[0];
-  for (uint32_t i = 1; i < W; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
+  return join<W / 2>(v, [](vf x, vf y) { return y > x ? y : x; }, std::make_integer_sequence<int, W>{});
 }
 
 inline bool any(vi mask) {

@@ -260,6 +260,37 @@ def test_a_long_context_in_pieces(context: Context, threads: int) -> None:
         model.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("page_size", [16, 24])
+def test_prefixes_shared_in_a_batch(context: Context, page_size: int, threads: int) -> None:
+    """Decodes and short chunks whose tables begin alike: with all the same pages, some of them, or none."""
+    model = context.model(threads)
+    try:
+        pages = Pages(model, context.shape, context.dtype, 1500, page_size)
+        lanes, inputs, chunks, rows, wanted = [], [], [], [], []
+        for i, shared in enumerate([0, 1290, 1290, 1290, 600, 600, 600, 600, 128, 100, 0, 0, 1024, 1024, 900, 1200]):
+            lane, qkv = sequence(pages, length=LONG), np.random.default_rng(i).permuted(context.qkv, axis=0)
+            parent = i // 2 if shared > 600 else 0  # a tree: some share the pages of one that shares
+            same = shared // page_size
+            if same:
+                lane.row[:same] = lanes[parent].row[:same]
+                qkv[: same * page_size] = inputs[parent][: same * page_size]
+            alone = model.attend(0, as_chunks([lane.chunk(0, LONG, write_from=same * page_size)]), qkv)
+            count = 1 if i % 4 else 1 + i % 5
+            start = max(shared, LONG - 7 * i - count)
+            lanes.append(lane)
+            inputs.append(qkv)
+            chunks.append(lane.chunk(start, count))
+            rows.append(qkv[start : start + count])
+            wanted.append(alone[start : start + count])
+        order = np.random.default_rng(threads).permutation(len(chunks))
+        got = model.attend(0, as_chunks([chunks[i] for i in order]), np.concatenate([rows[i] for i in order]))
+        expected = np.concatenate([wanted[i] for i in order])
+        np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    finally:
+        model.close()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_sampling_in_a_batch(bench: Bench, threads: int) -> None:
     """The token and its log-probability, computed with the output head over other rows too."""

@@ -18,6 +18,9 @@
 #include "append.inl"
 //
 #include "attention.inl"
+#ifdef TILES
+#include "attention_tiles.inl"
+#endif
 //
 #include "vocabulary.inl"
 
@@ -27,7 +30,12 @@ template <class Input>
 void attend(const Attention* job, float* memory) {
   Rows rows(job, memory);
   if (job->model->kv_bfloat16) {
-    attend_in_float<uint16_t>(job, &rows, rows.end());
+#ifdef TILES
+    if constexpr (sizeof(typename Input::type) == 2) {
+      attend_in_tiles(job, &rows, rows.end());
+    } else
+#endif
+      attend_in_float<uint16_t>(job, &rows, rows.end());
   } else {
     attend_in_float<float>(job, &rows, rows.end());
   }

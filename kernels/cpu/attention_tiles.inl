@@ -1,0 +1,260 @@
+// Attention by tiles: queries, keys, weights and values of a part are bfloat16, their products and sums are float.
+//
+// For pages and inputs of bfloat16. Parts, masks and how parts are combined are those of attention.inl. Both products
+// are C[rows][N] = A[rows][K] B[K/2][N][2]: scores are queries x keys, with keys transposed on the way out of their
+// pages; sums are weights x values, with values paired up. A product adds along K in one order whatever the rows, so a
+// decode has the bits of a prefill. Weights are summed as they were rounded: what rounding adds to one side of the
+// quotient it adds to the other.
+//
+// The same with vdpbf16ps in place of tiles was no faster than floats: a prompt of 512 took as long, a decode longer.
+
+namespace {
+
+constexpr uint32_t kScoredRows = 32;  // rows that are scored before their values are summed
+constexpr uint32_t kPairs = kPart / 2;
+
+// --- products ---
+//
+// c [rows][c_stride] = a [rows][a_stride] b [k / 2][columns][2], columns [0, n); n and k are multiples of 32, rows at
+// most 32.
+
+inline void product(const uint16_t* a, uint32_t a_stride, const uint16_t* b, uint32_t columns, float* c,
+                    uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
+  const bool both = rows > 16;
+  for (uint32_t i = 0; i < n; i += 32) {
+    clear_tile0();
+    clear_tile1();
+    clear_tile2();
+    clear_tile3();
+    for (uint32_t j = 0; j < k; j += 32) {
+      const uint16_t* from = b + (size_t{j} / 2 * columns + i) * 2;
+      load_tile6(from, size_t{columns} * 4);
+      load_tile7(from + 32, size_t{columns} * 4);
+      load_tile4(a + j, size_t{a_stride} * 2);
+      dot_bfloat16_0();
+      dot_bfloat16_1();
+      if (!both) continue;
+      load_tile5(a + size_t{16} * a_stride + j, size_t{a_stride} * 2);
+      dot_bfloat16_2();
+      dot_bfloat16_3();
+    }
+    store_tile0(c + i, c_stride);
+    store_tile1(c + i + 16, c_stride);
+    if (!both) continue;
+    store_tile2(c + size_t{16} * c_stride + i, c_stride);
+    store_tile3(c + size_t{16} * c_stride + i + 16, c_stride);
+  }
+}
+
+// --- from pages into blocks ---
+
+typedef uint16_t vh2 __attribute__((vector_size(W * 4)));  // pairs of bfloat16
+
+#ifdef __clang__
+#define SHUFFLE_WORDS(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE_WORDS(x, y, ...) __builtin_shuffle(x, y, (vh2){__VA_ARGS__})
+#endif
+
+// 32 elements from `from` on, those from `count` on 0.
+inline vu load_pairs(const uint16_t* from, uint32_t count) {
+  if (count >= 2 * W) return *reinterpret_cast<const vu_unaligned*>(from);
+  alignas(64) uint16_t some[2 * W] = {};
+  memcpy(some, from, count * sizeof(uint16_t));
+  return *reinterpret_cast<const vu_unaligned*>(some);
+}
+
+inline void store_pairs(uint16_t* to, vu pairs) { *reinterpret_cast<vu_unaligned*>(to) = pairs; }
+
+// Within each quarter of four lanes: lanes of x and y in turns, of the lower two or the upper two.
+template <int... I>
+inline void mix_lanes(vu& x, vu& y, std::integer_sequence<int, I...>) {
+  const vu low = SHUFFLE(x, y, (I / 4 * 4 + I % 4 / 2 + (I % 2 ? W : 0))...);
+  y = SHUFFLE(x, y, (I / 4 * 4 + 2 + I % 4 / 2 + (I % 2 ? W : 0))...);
+  x = low;
+}
+// Pairs of lanes in turns.
+template <int... I>
+inline void mix_pairs(vu& x, vu& y, std::integer_sequence<int, I...>) {
+  const vu low = SHUFFLE(x, y, (I / 4 * 4 + I % 2 + (I % 4 / 2 ? W : 0))...);
+  y = SHUFFLE(x, y, (I / 4 * 4 + 2 + I % 2 + (I % 4 / 2 ? W : 0))...);
+  x = low;
+}
+// Quarters 0 and 2 of both, and quarters 1 and 3.
+template <int... I>
+inline void mix_quarters(vu& x, vu& y, std::integer_sequence<int, I...>) {
+  const vu even = SHUFFLE(x, y, (I % 4 + I / 4 % 2 * 8 + (I / 8 ? W : 0))...);
+  y = SHUFFLE(x, y, (I % 4 + 4 + I / 4 % 2 * 8 + (I / 8 ? W : 0))...);
+  x = even;
+}
+
+// 16 x 16 words of 32 bits.
+inline void transpose(vu (&v)[16]) {
+  const auto lanes = std::make_integer_sequence<int, W>{};
+  for (int i = 0; i < 16; i += 2) mix_lanes(v[i], v[i + 1], lanes);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) mix_pairs(v[i + j], v[i + j + 2], lanes);
+  // v[4 i + {0, 2, 1, 3}[c]] now has, in quarter q, column 4 q + c of rows [4 i, 4 i + 4).
+  for (int c = 0; c < 4; ++c) {
+    mix_quarters(v[c], v[c + 4], lanes);
+    mix_quarters(v[c + 8], v[c + 12], lanes);
+    mix_quarters(v[c], v[c + 8], lanes);       // columns of quarters 0 and 2
+    mix_quarters(v[c + 4], v[c + 12], lanes);  // of 1 and 3
+  }
+}
+
+// The vector that holds a column after transpose().
+constexpr int transposed(int column) {
+  constexpr int order[4] = {0, 2, 1, 3};
+  return order[column % 4] + column / 4 % 2 * 4 + column / 8 * 8;
+}
+
+// keys [depth / 2][kPart][2], of `count` positions, a multiple of 16. The next part is fetched meanwhile.
+inline void take_keys(const Part<uint16_t>& part, const Part<uint16_t>& next, uint32_t count, uint32_t d,
+                      uint16_t* keys) {
+  for (uint32_t t = 0; t < count; t += 16) {
+    for (uint32_t i = 0; i < d; i += 32) {
+      vu v[16];
+      for (uint32_t p = 0; p < 16; ++p) {
+        __builtin_prefetch(next.keys[t + p] + i, 0, 2);
+        v[p] = load_pairs(part.keys[t + p] + i, d - i);
+      }
+      transpose(v);
+      uint16_t* to = keys + (size_t{i} / 2 * kPart + t) * 2;
+      for (int c = 0; c < 16; ++c) store_pairs(to + size_t(c) * 2 * kPart, v[transposed(c)]);
+    }
+  }
+}
+
+// Elements of x and y in turns, of their low or high halves.
+template <int... I>
+inline void pair_up(vh2 x, vh2 y, vu* low, vu* high, std::integer_sequence<int, I...>) {
+  *low = reinterpret_cast<vu>(SHUFFLE_WORDS(x, y, (I / 2 + (I % 2 ? 2 * W : 0))...));
+  *high = reinterpret_cast<vu>(SHUFFLE_WORDS(x, y, (I / 2 + W + (I % 2 ? 2 * W : 0))...));
+}
+
+// values [pairs][width][2]: pair j of 32 positions has positions j and j + 16, as weights have.
+inline void take_values(const Part<uint16_t>& part, const Part<uint16_t>& next, uint32_t count, uint32_t d,
+                        uint32_t width, uint16_t* values) {
+  for (uint32_t t = 0; t < count; t += 32) {
+    for (uint32_t j = 0; j < 16; ++j) {
+      const uint16_t *even = part.values[t + j], *odd = part.values[t + 16 + j];
+      uint16_t* to = values + size_t{t / 2 + j} * width * 2;
+      for (uint32_t i = 0; i < d; i += 32) {
+        vu low, high;
+        __builtin_prefetch(next.values[t + j] + i, 0, 2);
+        __builtin_prefetch(next.values[t + 16 + j] + i, 0, 2);
+        pair_up(reinterpret_cast<vh2>(load_pairs(even + i, d - i)), reinterpret_cast<vh2>(load_pairs(odd + i, d - i)),
+                &low, &high, std::make_integer_sequence<int, 2 * W>{});
+        store_pairs(to + 2 * i, low);
+        store_pairs(to + 2 * i + 32, high);
+      }
+    }
+  }
+}
+
+// --- softmax of one part ---
+
+// 2^x to about 4e-6 for x <= 0; at least 2^-126.
+inline vf exponential2(vf x) {
+  const vf clamped = x < splat(-126.0f) ? splat(-126.0f) : x;
+  const vf shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the low bits
+  const vf r = clamped - (shifted - 12582912.0f);
+  vf p = splat(9.5701e-3f);
+  p = p * r + 5.5830e-2f;
+  p = p * r + 2.40232e-1f;
+  p = p * r + 6.93146e-1f;
+  p = p * r + 1.0f;
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+}
+
+// Scores [kPart] into weights [kPart] of 32 positions as 16 pairs (j, j + 16), up to `count`, a multiple of 32; and
+// into their largest and sum. Positions that the row does not see have weight 0, whatever their score.
+__attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores, Seen seen, uint32_t count, float scale,
+                                                uint16_t* weights, float* partial) {
+  if (m->logit_softcap != 0.0f) {
+    for (uint32_t t = seen.begin; t < seen.end; ++t)
+      scores[t] = m->logit_softcap * tanhf(scores[t] * scale / m->logit_softcap);
+    scale = 1.0f;
+  }
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  const vi begin = vi{} + static_cast<int32_t>(seen.begin), end = vi{} + static_cast<int32_t>(seen.end);
+  const auto visible = [&](uint32_t t) {
+    const vi position = lanes + static_cast<int32_t>(t);
+    return (position >= begin) & (position < end);
+  };
+  vf peak = splat(-INFINITY);
+  for (uint32_t t = 0; t < count; t += W) {
+    const vf s = visible(t) ? load(scores + t) : splat(-INFINITY);
+    peak = s > peak ? s : peak;
+  }
+  const float most = largest(peak) * scale;
+  const float factor = scale * 1.44269504088896341f, offset = most * 1.44269504088896341f;
+  vf total = vf{};
+  for (uint32_t t = 0; t < count; t += 2 * W) {
+    vu rounded[2];
+    for (uint32_t half = 0; half < 2; ++half) {
+      const vf p = exponential2(load(scores + t + half * W) * factor - offset);
+      const vu bits = (reinterpret_cast<vu>(p) + 0x8000u) & 0xffff0000u;  // p > 0: half goes up
+      rounded[half] = visible(t + half * W) ? bits : vu{};
+      total += reinterpret_cast<vf>(rounded[half]);
+    }
+    store_pairs(weights + t, rounded[0] >> 16 | rounded[1]);
+  }
+  partial[0] = most;
+  partial[1] = sum(total);
+}
+
+// --- a piece of work ---
+
+inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
+  const uint32_t d = job->model->head_dim, depth = pad32(d);
+  const auto take = [&](size_t floats) {
+    float* taken = memory;
+    memory += floats;
+    return taken;
+  };
+  uint16_t* queries = reinterpret_cast<uint16_t*>(take(size_t{rows->count} * depth / 2));
+  uint16_t* zeros = reinterpret_cast<uint16_t*>(take(depth / 2));
+  uint16_t* keys = reinterpret_cast<uint16_t*>(take(size_t{depth} / 2 * kPart));
+  uint16_t* values = reinterpret_cast<uint16_t*>(take(size_t{kPairs} * depth));
+  float* scores = take(kScoredRows * kPart);
+  uint16_t* weights = reinterpret_cast<uint16_t*>(take(kScoredRows * kPairs));
+  float* partials = take(size_t{kScoredRows} * rows->stride);
+  const float scale = 1.0f / sqrtf(static_cast<float>(d));
+  memset(zeros, 0, depth * sizeof(uint16_t));
+  for (uint32_t row = 0; row < rows->count; ++row) {
+    const float* from = rows->query(row).projected + size_t{rows->head(row)} * d;
+    uint16_t* to = queries + size_t{row} * depth;
+    for (uint32_t i = 0; i < depth; ++i) to[i] = i < d ? to_bfloat16(from[i]) : uint16_t{0};
+  }
+  uint32_t shaped = 0;
+  over_parts<uint16_t>(job, zeros, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
+    take_keys(part, next, pad32(part.seen.end), d, keys);
+    take_values(part, next, pad32(part.seen.end), d, depth, values);
+    for (uint32_t row = 0; row < rows->count; row += kScoredRows) {
+      const uint32_t size = rows->count - row < kScoredRows ? rows->count - row : kScoredRows;
+      Seen seen[kScoredRows];
+      uint32_t count = 0;
+      for (uint32_t r = 0; r < size; ++r) {
+        seen[r] = seen_by(job->model, rows->query(row + r).position, start);
+        if (seen[r].begin < seen[r].end && seen[r].end > count) count = seen[r].end;
+      }
+      if (count == 0) continue;
+      count = pad32(count);
+      if (size != shaped) shape_tiles(size);
+      shaped = size;
+      product(queries + size_t{row} * depth, depth, keys, kPart, scores, kPart, size, count, depth);
+      for (uint32_t r = 0; r < size; ++r)
+        soften_for_tiles(job->model, scores + r * kPart, seen[r], count, scale, weights + r * kPart,
+                         partials + r * rows->stride);
+      product(weights, kPart, values, depth, partials + kPartialValues, rows->stride, size, depth, count);
+      for (uint32_t r = 0; r < size; ++r)
+        if (seen[r].begin < seen[r].end) combine(rows->at(row + r), partials + r * rows->stride, rows->stride);
+    }
+  });
+  drop_tiles();
+}
+
+}  // namespace

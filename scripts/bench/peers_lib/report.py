@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from peers_lib.bound import Bound, Rates, Shape, bound
 from peers_lib.machine import Machine
+from peers_lib.scenario import Group
 from peers_lib.trace import Figures
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,21 @@ class Entrant:
     name: str
     engine: str
     dtype: str
+    flags: tuple[str, ...]
     note: str
     version: str
     reason: str  # why it could not be compared; empty: it was
     first_start: float | None  # seconds, before the rounds: compilations and caches are filled then
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One scenario as it was run."""
+
+    title: str
+    group: Group
+    prompts: list[int]  # tokens of each
+    new_tokens: int  # after each
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +74,26 @@ class Report:
     machine: Machine
     load_average_after: float
     model: str
+    shape: Shape
     kv_memory: int  # bytes
     rounds: int
-    scenarios: dict[str, str]  # name -> title
+    scenarios: dict[str, Load]
     entrants: list[Entrant]
     starts: list[Start]
     outcomes: list[Outcome]
+
+    @property
+    def rates(self) -> Rates | None:
+        """What a bound is made of; None where torch, which tells one of them, is not installed."""
+        gemm = [rate for rate in (self.machine.gemm_float32_gflops, self.machine.gemm_bfloat16_gflops) if rate]
+        return Rates(max(gemm) * 1e9, self.machine.read_gb_per_s * 1e9) if gemm else None
+
+    def bound(self, scenario: str) -> Bound | None:
+        """Of a batch; None of anything else."""
+        load, rates = self.scenarios[scenario], self.rates
+        if rates is None or load.group not in (Group.BATCH, Group.GROWTH):
+            return None
+        return bound(self.shape, load.prompts, load.new_tokens, rates)
 
     def of(self, scenario: str, entrant: str) -> list[Outcome]:
         """With figures, by round."""
@@ -91,7 +118,11 @@ def load(text: str) -> Report:
         machine["instruction_sets"] = tuple(machine["instruction_sets"])
         return Report(
             machine=Machine(**machine),
-            entrants=[Entrant(**entrant) for entrant in fields.pop("entrants")],
+            shape=Shape(**fields.pop("shape")),
+            scenarios={
+                name: Load(**{**one, "group": Group(one["group"])}) for name, one in fields.pop("scenarios").items()
+            },
+            entrants=[Entrant(**{**one, "flags": tuple(one["flags"])}) for one in fields.pop("entrants")],
             starts=[Start(**start) for start in fields.pop("starts")],
             outcomes=[
                 Outcome(**{**outcome, "figures": _figures(outcome["figures"])}) for outcome in fields.pop("outcomes")

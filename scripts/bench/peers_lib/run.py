@@ -41,6 +41,7 @@ class Run:
     traces: dict[str, list[Trace]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)  # bytes, while the load ran
     others: dict[str, float] = field(default_factory=dict)  # processors that other work kept busy meanwhile
+    refused: dict[str, str] = field(default_factory=dict)  # loads that the engine cannot do, and why
     log: list[str] = field(default_factory=list)  # its last lines, when it failed
 
 
@@ -52,6 +53,7 @@ class _Memory:
         self._sampler: PeakMemory | None = None
 
     def watch(self, root: int) -> None:
+        self._stop()
         self._root = root
         self._sampler = PeakMemory(root).__enter__()
 
@@ -83,12 +85,11 @@ class _Worker:
 
     def __init__(self, contestant: Contestant, job: Path, scratch: Path) -> None:
         reading, writing = os.pipe()
-        module = f"peers_lib.engines.{contestant.engine.name}"
         self.log = scratch / "log"
         try:
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [str(contestant.engine.python), "-m", module, str(job), str(writing)],
+                    [str(contestant.engine.python), "-m", contestant.engine.module, str(job), str(writing)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -132,17 +133,23 @@ def perform(
     kv_memory: int,
     warm_up: Path,
     loads: Sequence[tuple[str, Path]],
+    most: int,
     timeout: float,
 ) -> Run:
-    """`loads` are names and request files, in order. Without any, the engine is only started and stopped."""
+    """`loads` are names and request files, in order. Without any, the engine is only started and stopped.
+
+    most: requests at once, in any of the loads.
+    """
     result = Run(load_average=os.getloadavg()[0])
     scratch = Path(tempfile.mkdtemp(prefix="pagehold-peers-"))
     shared = Path(tempfile.mkdtemp(prefix="pagehold-peers-", dir="/dev/shm"))
     try:
         job = Job(
             dtype=contestant.dtype,
+            flags=contestant.flags,
             model=str(model),
             kv_memory=kv_memory,
+            most=most,
             loads=tuple(Load(name, str(path), str(scratch / f"{name}.traces")) for name, path in loads),
             warm_up=str(warm_up),
             scratch=str(scratch),
@@ -201,6 +208,8 @@ def _follow(worker: _Worker, job: Job, memory: _Memory, result: Run) -> None:
                 result.peaks[load] = memory.turn()
                 result.traces[load] = read_traces(files[load])
                 stage = "the next load"
+            case Notice(stage=Stage.REFUSED, load=load):
+                result.refused[load] = notice.reason
             case Notice(stage=Stage.FAILED):
                 result.reason = notice.reason
                 return

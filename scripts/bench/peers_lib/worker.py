@@ -45,8 +45,14 @@ class Engine(Protocol):
     @property
     def version(self) -> str: ...
 
+    def prepare(self, requests: Sequence[Request]) -> bool:
+        """Makes room for these requests, outside of what is measured. Whether something was started anew for that.
+
+        Raises EngineError when the engine cannot do them.
+        """
+
     def run(self, requests: Sequence[Request], timeout: float) -> list[Trace]:
-        """All requests at the same moment, each to its end. Greedy."""
+        """Each request at its time, to its end. Greedy."""
 
     def stop(self) -> None:
         """Harmless when `start` has failed."""
@@ -81,11 +87,19 @@ def main(make: Callable[[Callable[[int], None]], Engine]) -> None:
         engine.start(job)
         seconds = time.monotonic() - (job.spawned if engine.started is None else engine.started)
         tell(Notice(Stage.READY, seconds=seconds, version=engine.version))
-        if job.loads:
-            engine.run(requestfile.read(Path(job.warm_up)), job.timeout)
+        is_cold = True
         for load in job.loads:
+            requests = requestfile.read(Path(load.requests))
+            try:
+                is_cold |= engine.prepare(requests)
+            except EngineError as error:
+                tell(Notice(Stage.REFUSED, load=load.name, reason=in_one_line(error)))
+                continue
+            if is_cold:
+                engine.run(requestfile.read(Path(job.warm_up)), job.timeout)
+                is_cold = False
             tell(Notice(Stage.BEGIN, load=load.name))
-            traces = engine.run(requestfile.read(Path(load.requests)), job.timeout)
+            traces = engine.run(requests, job.timeout)
             Path(load.traces).write_text("".join(trace.to_json() + "\n" for trace in traces))
             tell(Notice(Stage.END, load=load.name))
     except Exception as error:

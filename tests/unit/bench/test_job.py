@@ -7,7 +7,8 @@ from peers_lib import job as jobs
 from peers_lib.job import Job, Load, Notice, Stage
 from peers_lib.worker import EngineError, in_one_line
 
-JOB = Job("bfloat16", "/m", 1024, (Load("one", "/r", "/t"), Load("two", "/r2", "/t2")), "/w", "/s", "/d", 1.5, 30.0)
+LOADS = (Load("one", "/r", "/t"), Load("two", "/r2", "/t2"))
+JOB = Job("bfloat16", ("weights=int8",), "/m", 1024, 8, LOADS, "/w", "/s", "/d", 1.5, 30.0)
 
 
 def test_a_job_survives_its_file(tmp_path: Path) -> None:

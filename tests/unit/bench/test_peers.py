@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from peers_lib.report import load
+from peers_lib.scenario import QUICK
 
 PEERS = str(Path(__file__).resolve().parents[3] / "scripts" / "bench" / "peers")
 
@@ -46,13 +47,10 @@ def test_a_quick_comparison(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr
     report = load(kept.read_text())
-    assert [(outcome.scenario, outcome.reason) for outcome in report.outcomes] == [
-        ("quick-one", ""),
-        ("quick-eight", ""),
-    ]
-    for outcome in report.outcomes:
+    assert [(outcome.scenario, outcome.reason) for outcome in report.outcomes] == [(one.name, "") for one in QUICK]
+    for outcome, scenario in zip(report.outcomes, QUICK, strict=True):
         assert outcome.figures is not None
-        assert outcome.figures.tokens == 16 * outcome.figures.requests
+        assert outcome.figures.tokens == scenario.max_tokens * scenario.requests
         assert 0 < outcome.figures.first_p50 <= outcome.figures.seconds
         assert outcome.peak_bytes > 64 << 20
         assert outcome.agreement == 1.0
@@ -61,6 +59,17 @@ def test_a_quick_comparison(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
     assert not leftovers(tmp_path)
     assert leftovers(Path("/dev/shm")) <= in_memory
+
+
+@pytest.mark.stack
+def test_a_variant_that_pagehold_refuses_has_its_words_in_the_row(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    words = ["--scenarios", "quick-one", "--engines", "pagehold:no-such-flag=1", "--kv-memory", "64MiB"]
+    done = subprocess.run([PEERS, "--quick", *words], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "no figure: ended with exit code 2: pagehold up: error: unrecognized arguments: --no-such-flag=1" in done.stdout
+    )
 
 
 @pytest.mark.stack

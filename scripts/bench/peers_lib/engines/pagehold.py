@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -20,21 +14,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pagehold.v1 import inference_pb2 as api
 from pagehold.v1 import inference_pb2_grpc as api_grpc
+from peers_lib.contestant import PREFIX_CACHE
 from peers_lib.job import Job
-from peers_lib.recording import Recording
+from peers_lib.recording import Recording, play
 from peers_lib.requestfile import Request
+from peers_lib.server import Server, free_port
 from peers_lib.trace import Trace
-from peers_lib.worker import EngineError, die_with_parent, main
+from peers_lib.worker import EngineError, main
 
 SERVICE: Final = "pagehold.v1.InferenceService"
-_POLL_SECONDS: Final = 0.02
-_STOP_SECONDS: Final = 45.0  # more than the supervisor gives its children
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+_SEQUENCES: Final = 128  # at once, of `pagehold up` by default
 
 
 def _message(request: Request) -> api.GenerateRequest:
@@ -47,6 +36,22 @@ def _message(request: Request) -> api.GenerateRequest:
     return message
 
 
+def flags(job: Job, address: str) -> list[str]:
+    """Of `pagehold up`. Those of the job come last and so prevail."""
+    found = [
+        f"--model={job.model}",
+        f"--dtype={job.dtype}",
+        f"--listen={address}",
+        f"--state-dir={job.shared}/state",
+        f"--kv-memory={job.kv_memory}",
+        f"--max-num-seqs={max(job.most, _SEQUENCES)}",
+        "--log-level=warning",
+    ]
+    if PREFIX_CACHE not in job.flags:
+        found.append(f"--no-{PREFIX_CACHE}")
+    return [*found, *(f"--{flag}" for flag in job.flags)]
+
+
 class Pagehold:
     """The worker is only the client: memory and start-up are those of the tree below `pagehold up`."""
 
@@ -54,38 +59,25 @@ class Pagehold:
 
     def __init__(self, found_root: Callable[[int], None]) -> None:
         self._found_root = found_root
-        self._address = f"127.0.0.1:{_free_port()}"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.started: float | None = None
+        self._address = f"127.0.0.1:{free_port()}"
+        self._server: Server | None = None
 
     @property
     def root(self) -> int:
-        return self._process.pid if self._process else 0
+        return self._server.pid if self._server else 0
+
+    @property
+    def started(self) -> float | None:
+        return self._server.started if self._server else None
 
     def start(self, job: Job) -> None:
-        command = [
-            str(Path(sys.executable).with_name("pagehold")),
-            "up",
-            f"--model={job.model}",
-            f"--dtype={job.dtype}",
-            f"--listen={self._address}",
-            f"--state-dir={job.shared}/state",
-            f"--kv-memory={job.kv_memory}",
-            "--no-prefix-cache",
-            "--log-level=warning",
-        ]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        self.started = time.monotonic()
-        self._process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
-        self._found_root(self._process.pid)
+        # Not the installed command, which may belong to another checkout.
+        command = [sys.executable, "-m", "services.cli.main", "up", *flags(job, self._address)]
+        self._server = Server(command, Path(job.scratch) / "up.log")
+        self._found_root(self._server.pid)
         with grpc.insecure_channel(self._address, options=[("grpc.max_reconnect_backoff_ms", 100)]) as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
-            while not self._serving(health):
-                if self._process.poll() is not None:
-                    raise EngineError(f"`pagehold up` ended with exit code {self._process.returncode}, not ready")
-                if time.monotonic() - self.started > job.timeout:
-                    raise EngineError(f"`pagehold up` was not ready within {job.timeout:.0f} s")
-                time.sleep(_POLL_SECONDS)
+            self._server.wait(lambda: self._serving(health), job.timeout)
 
     def _serving(self, health: Any) -> bool:
         try:
@@ -94,35 +86,31 @@ class Pagehold:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
+    def prepare(self, requests: Sequence[Request]) -> bool:
+        return False
+
     def run(self, requests: Sequence[Request], timeout: float) -> list[Trace]:
         return asyncio.run(self._run(requests, timeout))
 
     async def _run(self, requests: Sequence[Request], timeout: float) -> list[Trace]:
-        messages = [_message(request) for request in requests]
+        messages = {request.id: _message(request) for request in requests}
         async with grpc.aio.insecure_channel(self._address) as channel:
             await asyncio.wait_for(channel.channel_ready(), timeout)
             stub = api_grpc.InferenceServiceStub(channel)
 
-            async def stream(message: api.GenerateRequest) -> Trace:
-                recording = Recording(message.request_id)
-                async for response in stub.Generate(message, timeout=timeout):
+            async def stream(request: Request, recording: Recording) -> None:
+                async for response in stub.Generate(messages[request.id], timeout=timeout):
                     if response.WhichOneof("event") == "tokens":
                         recording.take(response.tokens.token_ids)
-                return recording.trace()
 
             try:
-                return list(await asyncio.gather(*map(stream, messages)))
+                return await play(requests, stream)
             except grpc.aio.AioRpcError as error:
                 raise EngineError(f"a stream ended with {error.code().name}: {error.details()}") from error
 
     def stop(self) -> None:
-        if self._process is None:
-            return
-        self._process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_SECONDS)
-        # What is still there is killed by the parent, which adopts orphans.
-        self._process.kill()
+        if self._server is not None:
+            self._server.stop()
 
 
 if __name__ == "__main__":

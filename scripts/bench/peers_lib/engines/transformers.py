@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -52,10 +53,15 @@ class Transformers:
         except (OSError, ValueError) as error:
             raise EngineError(f"the model cannot be loaded: {error}") from error
 
+    def prepare(self, requests: Sequence[Request]) -> bool:
+        return False
+
     def run(self, requests: Sequence[Request], timeout: float) -> list[Trace]:
-        # All arrive now; those at the end of the queue wait for all before them.
-        recordings = [Recording(request.id) for request in requests]
+        # Those at the end of the queue wait for all before them.
+        start = time.monotonic()
+        recordings = [Recording(request.id, start + request.at) for request in requests]
         for request, recording in zip(requests, recordings, strict=True):
+            time.sleep(max(recording.submitted - time.monotonic(), 0.0))
             self._generate(request, recording)
         return [recording.trace() for recording in recordings]
 

@@ -17,10 +17,10 @@ DOCS: Final = REPOSITORY / "docs"
 FOLDER: Final = "measurements"  # in DOCS
 HEADING: Final = "## Against other engines"
 _PREFACE: Final = """\
-Made by `scripts/bench/peers --page` from files of `scripts/bench/peers --json docs/measurements/peers-NAME.json`. All
-engines have the same weights, rounded once to bfloat16 (llama.cpp: to the type of its file), and the same request
-files. vLLM and transformers run inside one process, without a server; Pagehold's tokens go through three processes and
-real gRPC streams, llama.cpp's through its HTTP server."""
+Made by `scripts/bench/peers --page` from files of `scripts/bench/peers --json`, of which `scripts/bench/comparison
+MACHINE` makes all. All engines have the same weights, rounded once to bfloat16 (llama.cpp: to the type of its file),
+and the same request files. vLLM and transformers run inside one process, without a server; Pagehold's tokens go through
+three processes and real gRPC streams, llama.cpp's through its HTTP server."""
 
 
 def collect(folder: Path) -> dict[str, list[Report]]:

@@ -28,6 +28,7 @@ _HEAD: Final = (
     "same tokens",
 )
 _ANOTHER_TIME: Final = " †"
+_WIDEST: Final = 60  # cells that a column is made wide for, in characters
 
 
 def render(reports: Sequence[Report]) -> str:
@@ -45,8 +46,8 @@ def render(reports: Sequence[Report]) -> str:
 
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns padded so that it can be read unrendered."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    """A Markdown table, columns padded so that it can be read unrendered; a cell with a long reason sticks out."""
+    widths = [max(len(row[n]) for row in (head, *rows) if len(row[n]) <= _WIDEST) for n in range(len(head))]
     lines = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in (head, *rows)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

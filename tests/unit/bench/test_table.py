@@ -17,6 +17,12 @@ def test_a_grid_is_markdown_and_aligned() -> None:
     )
 
 
+def test_a_long_reason_does_not_make_all_rows_long() -> None:
+    first, _, reason, other = grid(("a", "b"), [("no figure: " + "x" * 100, ""), ("1", "2")]).splitlines()
+    assert len(first) == len(other) == len("| a | b |")
+    assert "x" * 100 in reason
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0.00123, "1.2 ms"), (0.25, "250 ms"), (9.9994, "9999 ms"), (12.34, "12.3 s"), (math.nan, "–")],

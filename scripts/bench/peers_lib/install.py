@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ _LLAMA_CPP_OFF: Final = (
     "LLAMA_USE_PREBUILT_UI",
     "LLAMA_OPENSSL",
 )
+# GCC 12 takes all but the first 8 bytes of what `ldtilecfg` reads for dead stores, and AMX then ends in SIGILL.
+_LLAMA_CPP_FLAGS: Final = "-fno-tree-dse -fno-dse"
 MATPLOTLIB: Final = "matplotlib>=3.10,<4"
 PLOTS_VENV: Final = ".venv-plots"
 
@@ -80,9 +83,14 @@ def _vllm(python: Path) -> None:
         _step([*_pip(python), "--requirement", wanted.name], "installing its requirements")
 
 
+def llama_cpp_arguments() -> list[str]:
+    """Of CMake, for llama.cpp."""
+    return [*(f"-D{name}=OFF" for name in _LLAMA_CPP_OFF), f"-DCMAKE_CXX_FLAGS={_LLAMA_CPP_FLAGS}"]
+
+
 def _llama_cpp(python: Path) -> None:
     built = {
-        "CMAKE_ARGS": " ".join(f"-D{name}=OFF" for name in _LLAMA_CPP_OFF),
+        "CMAKE_ARGS": shlex.join(llama_cpp_arguments()),
         "LLAMA_CPP_BUILD_JOBS": str(len(os.sched_getaffinity(0))),
     }
     _step([*_pip(python), LLAMA_CPP], f"building {LLAMA_CPP}, which takes a while", built)

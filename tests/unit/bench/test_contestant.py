@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from peers_lib.contestant import BENCH, ENGINES, REPOSITORY, Contestant, choose, environment, missing
-from peers_lib.install import TORCH, needed
+from peers_lib.install import TORCH, install, llama_cpp_arguments, needed
 
 
 def names(contestants: tuple[Contestant, ...]) -> list[str]:
@@ -65,3 +65,14 @@ def test_what_is_not_there_says_how_to_get_it() -> None:
 def test_requirements_without_what_is_not_needed() -> None:
     listed = ["numpy", 'torch==2.13.0+cpu; platform_machine == "x86_64"', "TorchVision", "torch_x", 'av; extra == "a"']
     assert needed(listed) == ["numpy", "torch_x", TORCH]
+
+
+def test_llama_cpp_is_built_for_amx_and_fetches_nothing() -> None:
+    arguments = llama_cpp_arguments()
+    assert "-DCMAKE_CXX_FLAGS=-fno-tree-dse -fno-dse" in arguments
+    assert "-DLLAMA_USE_PREBUILT_UI=OFF" in arguments
+
+
+def test_what_cannot_be_installed() -> None:
+    with pytest.raises(ValueError, match="'pagehold' cannot be installed; .*: vllm, llama.cpp, plots"):
+        install("pagehold")

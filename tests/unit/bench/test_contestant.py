@@ -74,5 +74,5 @@ def test_llama_cpp_is_built_for_amx_and_fetches_nothing() -> None:
 
 
 def test_what_cannot_be_installed() -> None:
-    with pytest.raises(ValueError, match="'pagehold' cannot be installed; .*: vllm, llama.cpp, plots"):
+    with pytest.raises(ValueError, match=r"'pagehold' cannot be installed; .*: vllm, llama\.cpp, plots"):
         install("pagehold")

@@ -48,6 +48,8 @@ class PeakMemory:
         self.peak = 0
 
     def __enter__(self) -> Self:
+        # A short part may end before the first interval, and what it used be gone when its end is heard of.
+        self._sample()
         self._thread.start()
         return self
 

@@ -11,10 +11,10 @@ H in the output head, L layers, A = heads * head_dim, and K bytes of K/V a token
     step t   FLOP   sum over i of 2 (W + H) + 4 L A (p_i + t)
              bytes  2 (W + H) + K sum over i of (p_i + t)
 
-Two bytes a number, as Pagehold has them unless it is told otherwise; embeddings, norms and the logits are left out.
-Weights count as read once a phase, K/V as written once and read once a step. An engine that puts prompts and decodes
-into one step can hide the one's bytes behind the other's arithmetic, and caches can hold what counts as read: the
-bound is a yardstick, and a little more than all of it is no contradiction.
+Two bytes a number; embeddings, norms and the logits are left out. Weights count as read once a phase, K/V as written
+once and read once a step. It is a yardstick, and more than all of it is no contradiction: weights of fewer bits are
+fewer bytes, a guess that is right makes one step of several, a step with prompts and decodes hides the one's bytes
+behind the other's arithmetic, and caches hold what counts as read.
 """
 
 from __future__ import annotations

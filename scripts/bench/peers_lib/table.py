@@ -194,12 +194,12 @@ def _growth(reports: Sequence[Report]) -> list[str]:
 def _notes(reports: Sequence[Report]) -> str:
     lines = [
         "Tokens/s are generated tokens over the whole time, prompts included. *Of the bound* is their share of what "
-        "the machine's two measured rates allow a batch in bfloat16; the formula is in "
-        "`scripts/bench/peers_lib/bound.py`. *Pagehold is* divides Pagehold's first row by this one, round by round, "
-        "and takes the median; † where the two were measured at different times. Memory is the proportional set size "
-        "of all processes, the highest while the scenario ran. *Same tokens* is the share of greedy tokens before the "
-        "first difference from Pagehold's; rounding in another order tips near ties. Prefix caches are off where a row "
-        "does not name them.",
+        "the machine's two measured rates allow a batch in bfloat16, a token a step, which quantized weights and "
+        "guessed tokens can pass; the formula is in `scripts/bench/peers_lib/bound.py`. *Pagehold is* divides "
+        "Pagehold's first row by this one, round by round, and takes the median; † where the two were measured at "
+        "different times. Memory is the proportional set size of all processes, the highest while the scenario ran. "
+        "*Same tokens* is the share of greedy tokens before the first difference from Pagehold's; rounding in another "
+        "order tips near ties. Prefix caches are off where a row does not name them.",
         "",
     ]
     latest: dict[str, Entrant] = {}

@@ -166,8 +166,9 @@ inline void over_parts(const Attention* job, const void* zeros, Rows* rows, F&& 
   Part<Kv> parts[2];
   find_part(job, job->first, zeros, parts + job->first % 2);
   for (uint32_t p = job->first; p < job->last; ++p) {
-    const Part<Kv>&part = parts[p % 2], &next = parts[(p + (p + 1 < job->last)) % 2];
-    if (p + 1 < job->last) find_part(job, p + 1, zeros, parts + (p + 1) % 2);
+    const Attention* from = p + 1 < job->last ? job : job->following;
+    if (from != nullptr) find_part(from, from == job ? p + 1 : from->first, zeros, parts + (p + 1) % 2);
+    const Part<Kv>&part = parts[p % 2], &next = parts[(p + (from != nullptr)) % 2];
     if (part.seen.begin < part.seen.end) f(p * kPart, part, next);
     if (job->leading) continue;
     rows->keep(p - job->first);

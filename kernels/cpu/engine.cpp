@@ -166,7 +166,7 @@ void PhEngine::attention(uint32_t index) {
   const auto job_of = [&](const Piece& piece, uint32_t kv_head) {
     return Attention{&model,      &pool,        piece.row, attention_plan.queries() + piece.query,
                      piece.count, index,        kv_head,   piece.first,
-                     piece.last,  piece.leading};
+                     piece.last,  piece.leading, nullptr};
   };
   const auto append = [&](const Attention& job) {
     for (uint32_t q = 0; q < job.count; ++q) isa->append(&job, job.queries + q);
@@ -179,10 +179,19 @@ void PhEngine::attention(uint32_t index) {
   if (!attention_plan.appends_alone())
     parallel(static_cast<uint32_t>(blocks.size()) * kv_heads,
              [&](uint32_t i, uint32_t) { append(job_of(blocks[i / kv_heads], i % kv_heads)); });
-  parallel(static_cast<uint32_t>(pieces.size()) * kv_heads, [&](uint32_t i, uint32_t thread) {
-    const Attention job = job_of(pieces[i / kv_heads], i % kv_heads);
-    if (attention_plan.appends_alone()) append(job);
-    isa->attend(&job, memory + size_t{thread} * scratch_size);
+  // The heads of a page lie side by side: one thread takes them in turn where there are pieces enough.
+  const auto count = static_cast<uint32_t>(pieces.size());
+  const uint32_t together = count >= 2 * threads.used() ? kv_heads : 1;
+  parallel(count * kv_heads / together, [&](uint32_t i, uint32_t thread) {
+    for (uint32_t n = i * together; n < (i + 1) * together; ++n) {
+      Attention job = job_of(pieces[n / kv_heads], n % kv_heads);
+      // Threads take pieces in turns, more or less.
+      const uint32_t after = n + 1 < (i + 1) * together ? n + 1 : (i + threads.used()) * together;
+      const Attention following = job_of(pieces[std::min(after / kv_heads, count - 1)], after % kv_heads);
+      if (after < count * kv_heads) job.following = &following;
+      if (attention_plan.appends_alone()) append(job);
+      isa->attend(&job, memory + size_t{thread} * scratch_size);
+    }
   });
   parallel(static_cast<uint32_t>(merges.size()), [&](uint32_t i, uint32_t thread) {
     const Merge& merge = merges[i];

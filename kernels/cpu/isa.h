@@ -43,6 +43,7 @@ struct Attention {
   // What the queries see begins here: parts are combined into the first slot, the other slots stay empty.
   // Else each part has its slot.
   bool leading;
+  const Attention* following;  // what the thread is likely to do next, or null: its first part is fetched meanwhile
 };
 
 // The noise of one draw; a token's counter is (position, index, token, 0), the key the seed.

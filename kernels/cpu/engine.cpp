@@ -164,8 +164,8 @@ void PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, uin
 
 void PhEngine::attention(uint32_t index) {
   const auto job_of = [&](const Piece& piece, uint32_t kv_head) {
-    return Attention{&model,      &pool,        piece.row, attention_plan.queries() + piece.query,
-                     piece.count, index,        kv_head,   piece.first,
+    return Attention{&model,      &pool,         piece.row, attention_plan.queries() + piece.query,
+                     piece.count, index,         kv_head,   piece.first,
                      piece.last,  piece.leading, nullptr};
   };
   const auto append = [&](const Attention& job) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ def host_cache() -> Path:
     """Kept between runs, for files are named by the content of their sources; what is a week old goes."""
     oldest = time.time() - 7 * 86_400
     for file in CACHE.glob("*") if CACHE.exists() else ():
-        if file.stat().st_mtime < oldest:
-            file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another worker compiles, or clears up as well
+            if file.stat().st_mtime < oldest:
+                file.unlink()
     return CACHE
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from services.executor.modelstore import store
+from services.executor.modelstore.packed import FORMAT_VERSION
 from services.executor.modelstore.store import ModelError, default_cache_dir, open_model
 from tests.models.tiny import TINY, save_tiny
 
@@ -83,7 +84,7 @@ def test_the_fingerprint_is_of_the_contents(saved: str, tmp_path: Path) -> None:
         lambda folder: (folder / "model.json").write_bytes(b"[]"),
         lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe"),
         lambda folder: (folder / "model.json").unlink(),
-        lambda folder: _replace(folder / "model.json", '"format": 1', '"format": 0'),
+        lambda folder: _replace(folder / "model.json", f'"format": {FORMAT_VERSION}', '"format": 0'),
         lambda folder: _replace(folder / "model.json", '"layers": 2', '"sheets": 2'),
         lambda folder: _replace(folder / "model.json", '"offset": 0', '"offset": 999999999'),
     ],

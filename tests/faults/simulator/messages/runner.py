@@ -114,7 +114,7 @@ class ModelRunner(Runner):
         for position in range(end, end + count):
             self._store("slot")
             token = self._next(lane, vectors[-1])
-            is_wrong = hash((vectors[-1], "guess")) % 4 == 0
+            is_wrong = hash((vectors[-1], 1)) % 4 == 0  # of numbers: the same in every process
             lane.tokens[position] = token = token - 1 if is_wrong else token
             vectors.append(next_vector(vectors[-1], token))
 

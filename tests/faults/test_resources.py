@@ -111,7 +111,7 @@ async def test_shared_memory_is_full_and_freed_again(start_stack: StartStack, sh
     check_sound(stack)
 
 
-MESSAGES = renamed([request(number, tokens=40) for number in range(3)], "resources")
+MESSAGES = renamed([request(number, tokens=160) for number in range(3)], "resources")
 
 
 @contextmanager

@@ -81,7 +81,7 @@ async def knocking(address: str) -> Any:
 async def test_each_component_under_load(start_stack: StartStack) -> None:
     # Streams have so little time that the frontend's restart cuts some off, which then go on at the new one.
     stack = start_stack(connection_age=1, drain_grace=1)
-    messages = mixed(tokens=240)
+    messages = mixed(tokens=600)
     reference = await undisturbed(stack.address, messages)
     before = stack.pids()
     load = Load(stack.address, messages, resume=True)

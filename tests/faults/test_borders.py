@@ -39,7 +39,7 @@ PROMPTS = tuple(
 )
 PAGE_SIZE = 16
 WORK = {
-    "crowd": Work([request(number, tokens=48) for number in range(8)], at_once=True),
+    "crowd": Work([request(number, tokens=96) for number in range(8)], at_once=True),
     # Of four outputs three are forks of the first one's row, each of which begins with a copy.
     "forks": Work([request(number, 24, text, seeded=True, n=4) for number, text in enumerate(PROMPTS)], at_once=False),
     "long": Work([request(number, tokens=200) for number in range(2)], at_once=True),

@@ -97,11 +97,12 @@ def test_the_pool_is_asked_for_on_the_device(tmp_path: Path, model: PackedModel)
 
 
 def test_blocks_are_the_default_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for isa, weights in (("portable", "bfloat16"), ("avx2", "bfloat16"), ("avx512bf16", "file"), ("amx", "file")):
+    for isa, weights in (("portable", "bfloat16"), ("avx2", "bfloat16"), ("avx512bf16", "bfloat16"), ("amx", "file")):
         assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa)) == weights
         assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa, weights="int8")) == "int8"
-    monkeypatch.setattr(main, "available_isas", lambda: ["portable", "avx2", "avx512bf16"])
+    monkeypatch.setattr(main, "available_isas", lambda: ["portable", "avx2", "avx512bf16", "amx"])
     assert wanted_weights(ExecutorSettings(device="cpu")) == "file"
+    assert wanted_weights(ExecutorSettings(device="cpu", dtype="float32")) == "bfloat16"
 
 
 @pytest.mark.parametrize("flags", [{"device": "cuda"}, {"device": "cpu", "runner": "reference"}])

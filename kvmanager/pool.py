@@ -27,10 +27,11 @@ from kvmanager.layout import (
     Tables,
 )
 from kvmanager.renewal import name, renew
+from pagehold.runtime.mapping import allocate
 from pagehold.runtime.memory import available_bytes
 from pagehold.runtime.statedir import StateDir
 
-EXTENT: Final = 64 << 20
+EXTENT: Final = 16 << 20  # 5 ms; a multiple of a huge page
 _FEWEST_PAGES: Final = 2  # page 0 is reserved
 _MOST_PAGES: Final = 1 << 31  # kernels read page ids as int32
 REMEDY: Final = "stop everything and start with --discard to drop it"
@@ -109,7 +110,7 @@ class Pool:
         except OSError:
             return False
         try:
-            os.posix_fallocate(fd, start, end - start)
+            allocate(fd, start, end - start)
         except OSError:
             return False
         finally:

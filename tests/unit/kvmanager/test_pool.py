@@ -64,7 +64,7 @@ def test_memory_is_put_behind_the_pool_only_as_pages_are_used(state: StateDir) -
     assert state.pool.stat().st_blocks == 0
     per_extent = EXTENT // page_bytes
     assert pool.back(1) == per_extent
-    assert state.pool.stat().st_blocks * 512 == EXTENT
+    assert EXTENT <= state.pool.stat().st_blocks * 512 < EXTENT + page_bytes  # a disk adds blocks of its own
     assert pool.back(per_extent - 1) == per_extent
     assert pool.back(per_extent) == 2 * per_extent
     found = pools.adopt(state)
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_with_what_to_choose(state: StateDir, monke
 
 def test_a_pool_makes_way_for_the_one_in_its_place(state: StateDir, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pools.create(state, geometry(32 * MIB // 2048), FINGERPRINT)
-    pool.back(0)
+    pool.back(pool.geometry.pages - 1)
     monkeypatch.setattr(pools, "available_bytes", lambda root: 8 * MIB)
     assert pools.fitting(state, geometry(), 34 * MIB).pages == 34 * MIB // 2048
     with pytest.raises(Refused):

@@ -6,9 +6,9 @@
 namespace {
 
 constexpr uint32_t kBlockRows = 32;
-constexpr uint32_t kCachedRows = 16 * kBlockRows;
-constexpr uint32_t kTilePairs = 16;     // pairs of inputs that one instruction takes
-constexpr uint32_t kFetchAhead = 8192;  // bytes of weights, which come from memory one after the other
+constexpr uint32_t kCachedBytes = 3 << 18;  // of inputs, a part of the second-level cache
+constexpr uint32_t kTilePairs = 16;         // pairs of inputs that one instruction takes
+constexpr uint32_t kFetchAhead = 8192;      // bytes of weights, which come from memory one after the other
 
 // Where a panel's weights come from, 16 pairs of inputs after 16 pairs.
 
@@ -67,13 +67,13 @@ inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, Source
   }
   for (uint32_t k = 0; k < pairs; k += kTilePairs, x += 2 * kTilePairs) {
     const uint16_t* w = source.next();
+    stream_tile4(x, size_t{stride} * 2);
     load_tile6(w, 4 * kPanel);
     load_tile7(w + 32, 4 * kPanel);
-    load_tile4(x, size_t{stride} * 2);
+    if (Both) stream_tile5(x + size_t{16} * stride, size_t{stride} * 2);
     dot_bfloat16_0();
     dot_bfloat16_1();
     if (Both) {
-      load_tile5(x + size_t{16} * stride, size_t{stride} * 2);
       dot_bfloat16_2();
       dot_bfloat16_3();
     }
@@ -112,8 +112,10 @@ inline void store_block(float* to, uint32_t stride, uint32_t rows) {
 template <class F>
 inline void over_blocks(const Linear* job, uint32_t first, uint32_t last, F&& f) {
   uint32_t shaped = 0;
-  for (uint32_t start = 0; start < job->rows; start += kCachedRows) {
-    const uint32_t end = job->rows - start < kCachedRows ? job->rows : start + kCachedRows;
+  const uint32_t fitting = kCachedBytes / (job->stride * 2) / kBlockRows * kBlockRows;
+  const uint32_t cached = fitting < kBlockRows ? kBlockRows : fitting;
+  for (uint32_t start = 0; start < job->rows; start += cached) {
+    const uint32_t end = job->rows - start < cached ? job->rows : start + cached;
     for (uint32_t p = first; p < last; ++p) {
       for (uint32_t row = start; row < end; row += kBlockRows) {
         const uint32_t rows = end - row < kBlockRows ? end - row : kBlockRows;

@@ -50,6 +50,16 @@ LOAD_TILE(6)
 LOAD_TILE(7)
 #undef LOAD_TILE
 
+// What is not needed again soon, so that it does not drive out of the first-level cache what is.
+#define STREAM_TILE(T)                                         \
+  inline void stream_tile##T(const void* from, size_t bytes) { \
+    __asm__ __volatile__("" ::: "memory");                     \
+    _tile_stream_loadd(T, from, bytes);                        \
+  }
+STREAM_TILE(4)
+STREAM_TILE(5)
+#undef STREAM_TILE
+
 #define SUM_TILE(T, A, B)                                     \
   inline void clear_tile##T() { _tile_zero(T); }              \
   inline void dot_bfloat16_##T() { _tile_dpbf16ps(T, A, B); } \
@@ -117,6 +127,8 @@ LOAD_TILE(5)
 LOAD_TILE(6)
 LOAD_TILE(7)
 #undef LOAD_TILE
+inline void stream_tile4(const void* from, size_t bytes) { load_tile4(from, bytes); }
+inline void stream_tile5(const void* from, size_t bytes) { load_tile5(from, bytes); }
 
 #define SUM_TILE(T, A, B)                                                                               \
   inline void clear_tile##T() { memset(t_tiles.at[T], 0, sizeof t_tiles.at[T]); }                       \

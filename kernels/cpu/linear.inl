@@ -113,7 +113,7 @@ void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
   over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
     constexpr int R = decltype(count)::value, V = tile_vectors(R);
     const T* x = static_cast<const T*>(job->input) + size_t{row} * job->stride;
-    const uint16_t* w = panels.at(p);
+    const uint16_t* w = panels.at(p, 0);
     for (uint32_t part = 0; part < kPanelVectors; part += V) {
       const auto sums = tile<Input, R, V>(x, job->stride, job->pairs, w + 2 * W * part);
       float* out = job->output + size_t{row} * job->output_stride + p * kPanel + part * W;
@@ -132,10 +132,10 @@ void linear_gate_up(const Linear* job, uint32_t first, uint32_t last, uint16_t* 
   over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
     constexpr int R = decltype(count)::value, V = tile_vectors(R);
     const T* x = static_cast<const T*>(job->input) + size_t{row} * job->stride;
-    const uint16_t* gate = panels.at(p);
+    const uint16_t *gate = panels.at(p, 0), *up = panels.at(p, 1);
     for (uint32_t part = 0; part < kPanelVectors; part += V) {
       const auto g = tile<Input, R, V>(x, job->stride, job->pairs, gate + 2 * W * part);
-      const auto u = tile<Input, R, V>(x, job->stride, job->pairs, gate + panels.stride() + 2 * W * part);
+      const auto u = tile<Input, R, V>(x, job->stride, job->pairs, up + 2 * W * part);
       T* out = static_cast<T*>(job->product) + size_t{row} * job->output_stride + p * kPanel + part * W;
       for (int r = 0; r < R; ++r, out += job->output_stride)
         for (int v = 0; v < V; ++v) store(out + v * W, silu(g.at[r][v]) * u.at[r][v]);

@@ -37,23 +37,30 @@ class Ready {
   alignas(64) uint16_t rest_[kBlockValues];
 };
 
-// Blocks that are expanded one ahead of the one that is multiplied: the two use different parts of a core.
-template <const uint8_t* (*expand)(const uint8_t* block, uint16_t* to)>
+// Blocks that are expanded one ahead of the one that is multiplied: the two use different parts of a core. `to`: the
+// whole panel where it is needed again, else two blocks in turns.
+template <uint32_t encoding, bool Kept>
 class Expanding {
  public:
-  Expanding(const uint8_t* blocks, uint32_t count) : block_(expand(blocks, values_[0])), left_(count - 1), turn_(0) {}
+  Expanding(const uint8_t* block, uint32_t blocks, uint16_t* to) : block_(block), blocks_(blocks), to_(to) {
+    expand_next();
+  }
   const uint16_t* next() {
-    const uint16_t* w = values_[turn_];
-    turn_ ^= 1;
-    if (left_ != 0) block_ = expand(block_, values_[turn_]);
-    left_ -= left_ != 0;
+    const uint16_t* w = ahead_;
+    if (expanded_ != blocks_) expand_next();
     return w;
   }
 
  private:
+  void expand_next() {
+    ahead_ = to_ + size_t{Kept ? expanded_ : expanded_ % 2} * kBlockValues;
+    block_ = expand<encoding>(block_, ahead_);
+    ++expanded_;
+  }
+
   const uint8_t* block_;
-  uint32_t left_, turn_;
-  alignas(64) uint16_t values_[2][kBlockValues];
+  uint32_t blocks_, expanded_ = 0;
+  uint16_t *to_, *ahead_;
 };
 
 // Sums of a block of rows by one panel, left in the registers. `Both`: it has more than 16 rows.
@@ -80,6 +87,17 @@ inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, Source
   }
 }
 
+template <uint32_t encoding, class F>
+inline void sum_expanding(const Linear* job, Panels* panels, uint32_t p, uint32_t i, F&& sum) {
+  const uint8_t* block = panels->packed(p, i);
+  if (job->rows > kBlockRows) {
+    panels->keep(p, i);
+    return sum(Expanding<encoding, true>(block, panels->blocks(), panels->kept(i)));
+  }
+  alignas(64) uint16_t two[2 * kBlockValues];
+  sum(Expanding<encoding, false>(block, panels->blocks(), two));
+}
+
 // Of the i-th panel that belongs to p.
 inline void sum_block(const Linear* job, Panels* panels, uint32_t p, uint32_t i, uint32_t row, uint32_t rows) {
   const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
@@ -90,12 +108,9 @@ inline void sum_block(const Linear* job, Panels* panels, uint32_t p, uint32_t i,
       sum_block<false>(x, job->stride, job->pairs, source);
     }
   };
-  // A panel that many blocks of rows need is expanded once for all of them.
-  const bool once = job->rows > kBlockRows || job->weights.encoding == kPhBfloat16;
-  if (once) return sum(Ready(panels->at(p) + i * panels->stride(), job->pairs));
-  const uint32_t blocks = (2 * job->pairs + kBlock - 1) / kBlock;
-  if (job->weights.encoding == kPhInt4) return sum(Expanding<expand_int4>(panels->packed(p, i), blocks));
-  sum(Expanding<expand_int8>(panels->packed(p, i), blocks));
+  if (panels->expanded() || panels->keeps(p, i)) return sum(Ready(panels->at(p, i), job->pairs));
+  if (job->weights.encoding == kPhInt4) return sum_expanding<kPhInt4>(job, panels, p, i, sum);
+  sum_expanding<kPhInt8>(job, panels, p, i, sum);
 }
 
 // The sums of a block into memory [rows][stride].

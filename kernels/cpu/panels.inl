@@ -111,17 +111,19 @@ inline const uint8_t* expand_int8(const uint8_t* block, uint16_t* to) {
   return block;
 }
 
+template <uint32_t encoding>
+inline const uint8_t* expand(const uint8_t* block, uint16_t* to) {
+  return encoding == kPhInt4 ? expand_int4(block, to) : expand_int8(block, to);
+}
+
 // The panels of a job, `together` of them at a time: 2 for gate and up.
 class Panels {
  public:
   Panels(const Linear* job, uint32_t together, uint16_t* expanded)
-      : job_(job), together_(together), expanded_(expanded), held_(UINT32_MAX) {
-    const uint32_t blocks = (2 * job->pairs + kBlock - 1) / kBlock;
-    stride_ = job->weights.encoding == kPhBfloat16 ? size_t{job->pairs} * 2 * kPanel : size_t{blocks} * kBlock * kPanel;
-  }
+      : job_(job), together_(together), expanded_(expanded), blocks_((2 * job->pairs + kBlock - 1) / kBlock) {}
 
-  // Elements from the first panel to the second.
-  size_t stride() const { return stride_; }
+  bool expanded() const { return job_->weights.encoding == kPhBfloat16; }
+  uint32_t blocks() const { return blocks_; }
 
   // As they lie in memory: the i-th of the panels that belong to p.
   const uint8_t* packed(uint32_t p, uint32_t i) const {
@@ -129,26 +131,28 @@ class Panels {
            (size_t{p} * together_ + i) * panel_size(job_->weights.encoding, job_->pairs);
   }
 
-  // Panels [p * together, (p + 1) * together), expanded.
-  const uint16_t* at(uint32_t p) {
-    if (job_->weights.encoding == kPhBfloat16) return reinterpret_cast<const uint16_t*>(packed(p, 0));
-    if (held_ == p) return expanded_;
-    held_ = p;
-    for (uint32_t i = 0; i < together_; ++i) {
+  // Where that one is kept once it is expanded.
+  uint16_t* kept(uint32_t i) const { return expanded_ + size_t{i} * blocks_ * kBlockValues; }
+  bool keeps(uint32_t p, uint32_t i) const { return held_[i] == p; }
+  void keep(uint32_t p, uint32_t i) { held_[i] = p; }
+
+  const uint16_t* at(uint32_t p, uint32_t i) {
+    if (expanded()) return reinterpret_cast<const uint16_t*>(packed(p, i));
+    if (!keeps(p, i)) {
       const uint8_t* block = packed(p, i);
-      for (size_t to = i * stride_; to < (i + 1) * stride_; to += kBlockValues)
-        block =
-            job_->weights.encoding == kPhInt4 ? expand_int4(block, expanded_ + to) : expand_int8(block, expanded_ + to);
+      for (uint16_t *to = kept(i), *end = to + size_t{blocks_} * kBlockValues; to != end; to += kBlockValues)
+        block = job_->weights.encoding == kPhInt4 ? expand_int4(block, to) : expand_int8(block, to);
+      keep(p, i);
     }
-    return expanded_;
+    return kept(i);
   }
 
  private:
   const Linear* job_;
   uint32_t together_;
   uint16_t* expanded_;
-  uint32_t held_;
-  size_t stride_;
+  uint32_t blocks_;
+  uint32_t held_[2] = {UINT32_MAX, UINT32_MAX};
 };
 
 }  // namespace

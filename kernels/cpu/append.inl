@@ -13,17 +13,18 @@ inline uint8_t* slots(const Attention* job, uint64_t entry, uint32_t half) {
 }
 
 inline void rotate(float* x, const float* cosine, const float* sine, uint32_t half) {
-  for (uint32_t i = 0; i < half; ++i) {
-    const float low = x[i], high = x[i + half];
-    x[i] = low * cosine[i] - high * sine[i];
-    x[i + half] = high * cosine[i] + low * sine[i];
-  }
+  over(half, [&](uint32_t i, auto as) {
+    const auto low = load_as(as, x + i), high = load_as(as, x + half + i);
+    const auto c = load_as(as, cosine + i), s = load_as(as, sine + i);
+    store(x + i, low * c - high * s);
+    store(x + half + i, high * c + low * s);
+  });
 }
 
 inline void head_norm(float* x, const float* weight, uint32_t n, float eps) {
   if (weight == nullptr) return;
   const float scale = inverse_rms(x, n, eps);
-  for (uint32_t i = 0; i < n; ++i) x[i] = weight[i] * (x[i] * scale);
+  over(n, [&](uint32_t i, auto as) { store(x + i, load_as(as, weight + i) * (load_as(as, x + i) * scale)); });
 }
 
 void append(const Attention* job, const Query* query) {
@@ -51,7 +52,7 @@ void append(const Attention* job, const Query* query) {
   for (uint32_t which = 0; which < 2; ++which) {
     if (m->kv_bfloat16) {
       uint16_t* out = reinterpret_cast<uint16_t*>(slots(job, entry, which)) + slot;
-      for (uint32_t i = 0; i < d; ++i) out[i] = to_bfloat16(sources[which][i]);
+      over(d, [&](uint32_t i, auto as) { store(out + i, load_as(as, sources[which] + i)); });
     } else {
       memcpy(reinterpret_cast<float*>(slots(job, entry, which)) + slot, sources[which], d * 4);
     }

@@ -86,7 +86,8 @@ inline void finish(const PhModel* m, const Query& query, uint32_t head, const fl
   typename Input::type* out = static_cast<typename Input::type*>(query.output) + size_t{head} * m->head_dim;
   const float share = 1.0f / sums[1];
   // Adding 0 makes a -0 a 0: an unseen position can turn one into the other, and another chunking have none.
-  for (uint32_t i = 0; i < m->head_dim; ++i) out[i] = Input::convert(sums[kPartialValues + i] * share + 0.0f);
+  over(m->head_dim,
+       [&](uint32_t i, auto as) { store(out + i, load_as(as, sums + kPartialValues + i) * share + 0.0f); });
 }
 
 template <class Input>

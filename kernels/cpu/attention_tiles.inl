@@ -227,7 +227,8 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
   for (uint32_t row = 0; row < rows->count; ++row) {
     const float* from = rows->query(row).projected + size_t{rows->head(row)} * d;
     uint16_t* to = queries + size_t{row} * depth;
-    for (uint32_t i = 0; i < depth; ++i) to[i] = i < d ? to_bfloat16(from[i]) : uint16_t{0};
+    over(d, [&](uint32_t i, auto as) { store(to + i, load_as(as, from + i)); });
+    memset(to + d, 0, (depth - d) * sizeof *to);
   }
   uint32_t shaped = 0;
   over_parts<uint16_t>(job, zeros, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {

@@ -170,9 +170,12 @@ void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
     store_block(gates, kPanel, rows);
     sum_block(job, &panels, p, 1, row, rows);
     store_block(ups, kPanel, rows);
+    const auto product = [&](const float* gate, const float* up) { return silu(load(gate)) * load(up); };
     for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
-      for (uint32_t n = 0; n < kPanel; n += W)
-        store(out + n, silu(load(gates + r * kPanel + n)) * load(ups + r * kPanel + n));
+      for (uint32_t n = 0; n < kPanel; n += 2 * W) {
+        const float *gate = gates + r * kPanel + n, *up = ups + r * kPanel + n;
+        store_both(out + n, product(gate, up), product(gate + W, up + W));
+      }
   });
 }
 

@@ -71,11 +71,19 @@ inline void store(uint16_t* p, vf v) {
   *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(half, vh);
 }
 
-#ifdef __clang__
-#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (vi){__VA_ARGS__})
-#endif
+// f(i, vector or single) over [0, n): whole vectors, then what is left one by one.
+template <class F>
+inline void over(uint32_t n, F&& f) {
+  uint32_t i = 0;
+  for (; i + W <= n; i += W) f(i, vf{});
+  for (; i < n; ++i) f(i, 0.0f);
+}
+
+// What `over` calls for loads the same with either.
+inline vf load_as(vf, const float* p) { return load(p); }
+inline float load_as(float, const float* p) { return *p; }
+inline void store(float* p, float x) { *p = x; }
+inline void store(uint16_t* p, float x) { *p = to_bfloat16(x); }
 
 // Each lane is joined with the one `half` further on, then with half of that, down to 1: one fixed tree.
 template <uint32_t half, class F, int... I>

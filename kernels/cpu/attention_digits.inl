@@ -68,6 +68,8 @@ __attribute__((noinline)) float query_digits(const float* query, uint32_t d, uin
 }
 
 // --- from pages into blocks ---
+//
+// The first lines of the next part's pages are on their way (find_part). To ask for the others too was no faster.
 
 typedef int8_t vb4 __attribute__((vector_size(W * 4)));  // four codes to a lane
 
@@ -88,17 +90,10 @@ inline vu load_codes(const int8_t* from, uint32_t count) {
 inline void store_codes(int8_t* to, vu codes) { *reinterpret_cast<vu_unaligned*>(to) = codes; }
 inline void store_codes(int8_t* to, vb4 codes) { store_codes(to, reinterpret_cast<vu>(codes)); }
 
-// The slots of a few positions of the next part, while this one is taken: all of them by the time it is.
-inline void fetch_slots(const int8_t* const* slots, uint32_t step, uint32_t steps, uint32_t d) {
-  for (uint32_t t = step * kPart / steps; t < (step + 1) * kPart / steps; ++t)
-    for (uint32_t i = 64; i < d + 64; i += 64) __builtin_prefetch(slots[t] + (i < d ? i : d), 0, 2);
-}
-
-// keys [depth / 4][kPart][4], of `count` positions, a multiple of 64.
-inline void take_key_codes(const Part<int8_t>& part, const Part<int8_t>& next, uint32_t count, uint32_t d,
-                           int8_t* keys) {
+// keys [depth / 4][kPart][4] and scales, of `count` positions.
+inline void take_key_codes(const Part<int8_t>& part, uint32_t count, uint32_t d, int8_t* keys, float* scales) {
   for (uint32_t t = 0; t < count; t += 16) {
-    fetch_slots(next.keys, t / 16, count / 16, d);
+    for (uint32_t p = 0; p < 16; ++p) scales[t + p] = scale_of(part.keys[t + p], d);
     for (uint32_t i = 0; i < d; i += 64) {
       vu v[16];
       for (uint32_t p = 0; p < 16; ++p) v[p] = load_codes(part.keys[t + p] + i, d - i);
@@ -121,13 +116,13 @@ inline vb4 interleave(vb4 x, vb4 y, std::integer_sequence<int, I...>) {
       x, y, (I / 16 * 16 + Half * 8 + I % 16 / (2 * Size) * Size + I % Size + (I / Size % 2 ? 4 * W : 0))...);
 }
 
-// values [count / 4][width][4]: four positions to a word.
-inline void take_value_codes(const Part<int8_t>& part, const Part<int8_t>& next, uint32_t count, uint32_t d,
-                             uint32_t width, int8_t* values) {
+// values [count / 4][width][4], four positions to a word, and scales.
+inline void take_value_codes(const Part<int8_t>& part, uint32_t count, uint32_t d, uint32_t width, int8_t* values,
+                             float* scales) {
   const auto words = std::make_integer_sequence<int, W>{};
   const auto bytes = std::make_integer_sequence<int, 4 * W>{};
   for (uint32_t t = 0; t < count; t += 4) {
-    fetch_slots(next.values, t / 4, count / 4, d);
+    for (uint32_t p = 0; p < 4; ++p) scales[t + p] = scale_of(part.values[t + p], d);
     for (uint32_t i = 0; i < d; i += 64) {
       vb4 v[4];
       for (uint32_t p = 0; p < 4; ++p) v[p] = spread(load_codes(part.values[t + p] + i, d - i), words);
@@ -158,16 +153,22 @@ __attribute__((noinline)) float soften_digits(const PhModel* m, float* high, con
     const vi position = lanes + static_cast<int32_t>(t);
     return (position >= begin) & (position < end);
   };
-  for (uint32_t t = 0; t < count; t += W) store(high + t, load_sums(high + t, low + t) * load(scales.keys + t));
-  if (m->logit_softcap != 0.0f) {
+  vf peak = splat(-INFINITY);
+  const auto raise = [&](uint32_t t, vf scores) {
+    const vf s = visible(t) ? scores : splat(-INFINITY);
+    peak = s > peak ? s : peak;
+  };
+  const bool capped = m->logit_softcap != 0.0f;
+  for (uint32_t t = 0; t < count; t += W) {
+    const vf s = load_sums(high + t, low + t) * load(scales.keys + t);
+    store(high + t, s);
+    if (!capped) raise(t, s);
+  }
+  if (capped) {
     for (uint32_t t = seen.begin; t < seen.end; ++t)
       high[t] = m->logit_softcap * tanhf(high[t] * scale / m->logit_softcap);
+    for (uint32_t t = 0; t < count; t += W) raise(t, load(high + t));
     scale = 1.0f;
-  }
-  vf peak = splat(-INFINITY);
-  for (uint32_t t = 0; t < count; t += W) {
-    const vf s = visible(t) ? load(high + t) : splat(-INFINITY);
-    peak = s > peak ? s : peak;
   }
   const float most = largest(peak) * scale;
   const float factor = scale * 1.44269504088896341f, offset = most * 1.44269504088896341f;
@@ -218,10 +219,9 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
     factors[row] = query_digits(query, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
   }
   uint32_t shaped = 0;
-  over_parts<int8_t>(job, zeros, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
-    take_key_codes(part, next, pad64(part.seen.end), d, keys);
-    take_value_codes(part, next, pad64(part.seen.end), d, width, values);
-    take_scales(part, d, &scales);
+  over_parts<int8_t>(job, zeros, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>&) {
+    take_key_codes(part, pad64(part.seen.end), d, keys, scales.keys);
+    take_value_codes(part, pad64(part.seen.end), d, width, values, scales.values);
     for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
       const uint32_t size = rows_from(row);
       Seen seen[kDigitRows];

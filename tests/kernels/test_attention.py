@@ -65,7 +65,7 @@ def test_attention_equals_the_reference(variant: Variant, kv_dtype: str, case: C
 @given(case=cases)
 def test_attention_in_bfloat16_equals_the_reference(variant: Variant, kv_dtype: str, case: Case) -> None:
     error, rounding = errors(variant, "bfloat16", kv_dtype, case)
-    assert error <= 1e-2
+    assert error <= (1e-2 if kv_dtype == "bfloat16" else 4e-3)  # of int8 little but the output is rounded
     assert rounding <= ROUNDING[kv_dtype]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 U32 = npt.NDArray[np.uint32]
@@ -20,6 +21,27 @@ U64 = npt.NDArray[np.uint64]
 Bools = npt.NDArray[np.bool_]
 
 LOW32: Final = np.uint64(0xFFFFFFFF)
+
+
+# --- int8 pages ---
+
+
+def int8_slots(values: F32) -> U8:
+    """What slots of int8 pages hold of values [..., head_dim]: uint8 [..., head_dim + 4], the codes, then their scale.
+
+    value = code * scale; the scale, a float32, is the largest |value| / 127, or 0 where that is below 1e-30.
+    """
+    largest = np.abs(values).max(axis=-1, keepdims=True)
+    scales = np.where(largest < np.float32(1e-30), np.float32(0), largest / np.float32(127))
+    codes = np.rint(values / np.where(scales == 0, np.float32(1), scales)).astype(np.int8)  # rint: half to even
+    return np.concatenate((codes.view(np.uint8), scales.view(np.uint8)), axis=-1)
+
+
+def int8_values(slots: U8) -> F64:
+    """The inverse, exact: [..., head_dim]."""
+    scales = np.ascontiguousarray(slots[..., -4:]).view(np.float32).astype(np.float64)
+    values: F64 = slots[..., :-4].view(np.int8) * scales
+    return values
 
 
 # --- attention ---

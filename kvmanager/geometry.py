@@ -11,7 +11,7 @@ from kvmanager.layout import LAYER_MAJOR, PAGE_MAJOR, U64, Geometry, Header, KvD
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 
 NO_DEVICE: Final = bytes(16)
-_HOST_DTYPES: Final = (KvDtype.FLOAT32, KvDtype.BFLOAT16)
+_HOST_DTYPES: Final = (KvDtype.FLOAT32, KvDtype.BFLOAT16, KvDtype.INT8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def asked_geometry(request: kv.AttachRequest) -> Geometry:
         raise Refused(
             Refusal.INVALID, "attach needs a fingerprint of 64 hex digits, a kv_dtype and all sizes of the geometry"
         )
-    _check_device_only(kv_dtype, asked.layout_id, PoolKind(request.device.kind))
+    _check_pages(kv_dtype, asked.layout_id, PoolKind(request.device.kind))
     return Geometry(
         pages=0,
         rows=asked.rows,
@@ -52,13 +52,15 @@ def asked_geometry(request: kv.AttachRequest) -> Geometry:
     )
 
 
-def _check_device_only(kv_dtype: KvDtype, layout_id: int, kind: PoolKind) -> None:
-    """Raises Refused(INVALID) for pages that no CPU kernel reads, and for layouts that nobody knows."""
+def _check_pages(kv_dtype: KvDtype, layout_id: int, kind: PoolKind) -> None:
+    """Raises Refused(INVALID) for pages that no kernel of the device reads, and for layouts that nobody knows."""
     layouts = (PAGE_MAJOR,) if kind is PoolKind.HOST else (PAGE_MAJOR, LAYER_MAJOR)
     if layout_id not in layouts:
         raise Refused(Refusal.INVALID, f"page layout {layout_id} is none of {layouts}, those of such a pool")
     if kind is PoolKind.HOST and kv_dtype not in _HOST_DTYPES:
         raise Refused(Refusal.INVALID, f"pages of {kv_dtype.name.lower()} are for GPUs only; choose another --kv-dtype")
+    if kind is not PoolKind.HOST and kv_dtype is KvDtype.INT8:
+        raise Refused(Refusal.INVALID, "pages of int8 are for CPUs only; choose another --kv-dtype")
 
 
 def asked_place(request: kv.AttachRequest) -> Place:

@@ -54,8 +54,9 @@ PIN_NAME_WORDS: Final = 32
 NO_PAGE: Final = 0  # the reserved id: `none` entries name it, no row ever gets it
 LOW32: Final = 0xFFFFFFFF
 
-PAGE_MAJOR: Final = 1  # layout id: [page][layer][k, v][kv_head][slot][head_dim]
-LAYER_MAJOR: Final = 2  # layout id: [layer][page][k, v][kv_head][slot][head_dim]; device pools only
+# Layout ids. A slot holds head_dim elements of `KvDtype`; those of int8 are followed by their scale.
+PAGE_MAJOR: Final = 1  # [page][layer][k, v][kv_head][slot]
+LAYER_MAJOR: Final = 2  # [layer][page][k, v][kv_head][slot]; device pools only
 
 
 class Header(IntEnum):
@@ -98,12 +99,14 @@ class KvDtype(IntEnum):
     FLOAT32 = 1
     BFLOAT16 = 2
     FLOAT16 = 3
-    FP8_E4M3 = 4  # with scales
+    FP8_E4M3 = 4  # with scales in `tables`
+    INT8 = 5  # each slot with a scale of its own, a float32 behind its codes; host pools only
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes."""
-        return {KvDtype.FLOAT32: 4, KvDtype.FP8_E4M3: 1}.get(self, 2)
+    def slot_bytes(self, head_dim: int) -> int:
+        """Of K or V of one token and head: what moves as a whole when slots are copied."""
+        if self is KvDtype.INT8:
+            return head_dim + 4
+        return head_dim * {KvDtype.FLOAT32: 4, KvDtype.FP8_E4M3: 1}.get(self, 2)
 
 
 class PageState(IntEnum):
@@ -165,8 +168,8 @@ def terminal_word(reason: Reason, length: int) -> int:
 
 
 class Strides(NamedTuple):
-    """Bytes. Of element d in a slot: page x `page` + layer x `layer` + (0 for K, 1 for V) x `half`, and within
-    those [kv_head][slot][head_dim]."""
+    """Bytes. Of a slot: page x `page` + layer x `layer` + (0 for K, 1 for V) x `half`, and within those
+    [kv_head][slot]."""
 
     page: int
     layer: int
@@ -194,11 +197,16 @@ class Geometry:
     @property
     def page_bytes(self) -> int:
         """K and V of all layers for `page_size` tokens."""
-        return self.layers * 2 * self.kv_heads * self.page_size * self.head_dim * self.kv_dtype.itemsize
+        return self.layers * 2 * self._half_bytes
+
+    @property
+    def _half_bytes(self) -> int:
+        """K or V of one layer."""
+        return self.kv_heads * self.page_size * self.kv_dtype.slot_bytes(self.head_dim)
 
     @property
     def strides(self) -> Strides:
-        half = self.kv_heads * self.page_size * self.head_dim * self.kv_dtype.itemsize
+        half = self._half_bytes
         if self.layout_id == LAYER_MAJOR:
             return Strides(page=2 * half, layer=self.pages * 2 * half, half=half)
         return Strides(page=self.page_bytes, layer=2 * half, half=half)

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 4u
+#define PAGEHOLD_ABI_VERSION 5u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
@@ -10,6 +10,9 @@ extern "C" {
 
 // How the weights of a linear lie in memory: see packing.py. Whatever it is, they are multiplied as bfloat16.
 enum PhEncoding : uint32_t { kPhBfloat16 = 0, kPhInt8 = 1, kPhInt4 = 2 };
+
+// What a slot of a page holds of one head: head_dim elements; behind codes of int8 their scale, a float.
+enum PhKvType : uint32_t { kPhKvFloat32 = 0, kPhKvBfloat16 = 1, kPhKvInt8 = 2 };
 
 struct PhMatrix {
   const void* panels;
@@ -33,7 +36,7 @@ struct PhModel {
   uint32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, max_positions;
   uint32_t sliding_window;  // positions that a query sees, itself included; 0: all
   float rms_norm_eps, logit_softcap;
-  uint32_t kv_bfloat16;      // element type of the pages; else float32
+  uint32_t kv_type;          // PhKvType of the pages
   uint32_t bfloat16_inputs;  // round the inputs of linears where the instruction set multiplies bfloat16
   const float* rope_cos;     // [max_positions, head_dim / 2]
   const float* rope_sin;
@@ -63,7 +66,7 @@ struct PhChunk {
 };
 
 struct PhPool {
-  uint8_t* base;  // [pages][layer][k, v][kv_head][page_size][head_dim]
+  uint8_t* base;  // [pages][layer][k, v][kv_head][page_size] slots
   uint64_t pages;
   uint32_t page_size;
 };

@@ -2,12 +2,16 @@
 
 namespace {
 
-inline size_t element_size(const PhModel* model) { return model->kv_bfloat16 ? 2 : 4; }
+// Bytes.
+inline size_t slot_size(const PhModel* m) {
+  return m->kv_type == kPhKvInt8 ? m->head_dim + sizeof(float)
+                                 : size_t{m->head_dim} * (m->kv_type == kPhKvBfloat16 ? 2 : 4);
+}
 
-// First slot of [page_size][head_dim] for one page, layer, half (0: K, 1: V) and head.
+// First of the slots [page_size] for one page, layer, half (0: K, 1: V) and head.
 inline uint8_t* slots(const Attention* job, uint64_t entry, uint32_t half) {
   const PhModel* m = job->model;
-  const size_t head = size_t{job->pool->page_size} * m->head_dim * element_size(m);
+  const size_t head = job->pool->page_size * slot_size(m);
   const size_t page = static_cast<uint32_t>(entry);
   return job->pool->base + (((page * m->layers + job->layer) * 2 + half) * m->kv_heads + job->kv_head) * head;
 }
@@ -47,14 +51,16 @@ void append(const Attention* job, const Query* query) {
   rotate(k, cosine, sine, half);
   const uint32_t page_size = job->pool->page_size;
   const uint64_t entry = job->row[position / page_size];
-  const size_t slot = size_t{position % page_size} * d;
   const float* sources[2] = {k, v};
   for (uint32_t which = 0; which < 2; ++which) {
-    if (m->kv_bfloat16) {
-      uint16_t* out = reinterpret_cast<uint16_t*>(slots(job, entry, which)) + slot;
+    uint8_t* slot = slots(job, entry, which) + position % page_size * slot_size(m);
+    if (m->kv_type == kPhKvInt8) {
+      store_int8(sources[which], d, slot);
+    } else if (m->kv_type == kPhKvBfloat16) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(slot);
       over(d, [&](uint32_t i, auto as) { store(out + i, load_as(as, sources[which] + i)); });
     } else {
-      memcpy(reinterpret_cast<float*>(slots(job, entry, which)) + slot, sources[which], d * 4);
+      memcpy(slot, sources[which], size_t{d} * 4);
     }
   }
 }

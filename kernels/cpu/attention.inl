@@ -137,27 +137,47 @@ struct Part {
   const Kv* values[kPart];
 };
 
+// From a slot of a page to the next.
+template <class Kv>
+inline size_t slot_elements(const PhModel* m) {
+  return slot_size(m) / sizeof(Kv);
+}
+
 constexpr uint32_t kFirstLines = 4;  // of a page's keys: the hardware then fetches on by itself
 
 template <class Kv>
 inline void find_part(const Attention* job, uint32_t part, const void* zeros, Part<Kv>* found) {
-  const uint32_t d = job->model->head_dim, page_size = job->pool->page_size, start = part * kPart;
+  const uint32_t page_size = job->pool->page_size, start = part * kPart;
+  const size_t slot = slot_elements<Kv>(job->model);
   found->seen = seen_by_any(job, start);
   for (uint32_t t = 0; t < kPart; ++t) found->keys[t] = found->values[t] = static_cast<const Kv*>(zeros);
   for (uint32_t t = found->seen.begin; t < found->seen.end;) {
     const uint32_t in_page = (start + t) % page_size;
     const uint32_t left = found->seen.end - t, count = left < page_size - in_page ? left : page_size - in_page;
     const uint64_t entry = job->row[(start + t) / page_size];
-    const Kv* keys = reinterpret_cast<const Kv*>(slots(job, entry, 0)) + size_t{in_page} * d;
-    const Kv* values = reinterpret_cast<const Kv*>(slots(job, entry, 1)) + size_t{in_page} * d;
+    const Kv* keys = reinterpret_cast<const Kv*>(slots(job, entry, 0)) + in_page * slot;
+    const Kv* values = reinterpret_cast<const Kv*>(slots(job, entry, 1)) + in_page * slot;
     for (uint32_t line = 0; line < kFirstLines; ++line) {
       __builtin_prefetch(keys + line * 64 / sizeof(Kv), 0, 2);
       __builtin_prefetch(values + line * 64 / sizeof(Kv), 0, 2);
     }
-    for (const uint32_t stop = t + count; t < stop; ++t, keys += d, values += d) {
+    for (const uint32_t stop = t + count; t < stop; ++t, keys += slot, values += slot) {
       found->keys[t] = keys;
       found->values[t] = values;
     }
+  }
+}
+
+// Of the codes of a part; 0 where nobody looks.
+struct Scales {
+  alignas(64) float keys[kPart];
+  alignas(64) float values[kPart];
+};
+
+inline void take_scales(const Part<int8_t>& part, uint32_t d, Scales* scales) {
+  for (uint32_t t = 0; t < kPart; ++t) {
+    scales->keys[t] = scale_of(part.keys[t], d);
+    scales->values[t] = scale_of(part.values[t], d);
   }
 }
 
@@ -185,10 +205,10 @@ inline void over_parts(const Attention* job, const void* zeros, Rows* rows, F&& 
 constexpr int kAttentionRows = W == 16 ? 6 : 3;  // rows that share loads: with 4 vectors each, 24 or 12 accumulators
 constexpr uint32_t kTogether = 4;                // positions scored at once
 
-// Scores of W positions from `first` on for R rows. queries: [R][padded].
+// Scores of W positions from `first` on for R rows, times the scales of codes. queries: [R][padded].
 template <int R, class Kv>
 inline void score(const Part<Kv>& part, const Part<Kv>& next, uint32_t first, const float* queries, uint32_t d,
-                  uint32_t padded, float (*scores)[kPart]) {
+                  uint32_t padded, const Scales* scales, float (*scores)[kPart]) {
   constexpr uint32_t groups = W / kTogether;
   vf sums[R][groups];
   for (uint32_t group = 0; group < groups; ++group) {
@@ -213,7 +233,7 @@ inline void score(const Part<Kv>& part, const Part<Kv>& next, uint32_t first, co
   }
   for (int r = 0; r < R; ++r) {
     fold_all<groups, groups>(sums[r]);
-    store(scores[r] + first, sums[r][0]);
+    store(scores[r] + first, scales != nullptr ? sums[r][0] * load(scales->keys + first) : sums[r][0]);
   }
 }
 
@@ -261,10 +281,10 @@ inline void weigh(const Part<Kv>& part, const Part<Kv>& next, Seen seen, const f
     for (int v = 0; v < V; ++v) store(partials + r * stride + kPartialValues + i + v * W, sums[r][v]);
 }
 
-// R rows from `row` on. queries: [R][padded].
+// R rows from `row` on. scales: of codes, else null. queries: [R][padded].
 template <int R, class Kv>
 inline void attend_rows(const Rows& rows, uint32_t row, uint32_t start, const Part<Kv>& part, const Part<Kv>& next,
-                        const float* queries, uint32_t d, uint32_t padded, float* partials) {
+                        const Scales* scales, const float* queries, uint32_t d, uint32_t padded, float* partials) {
   alignas(64) float scores[R][kPart];
   const PhModel* m = rows.job->model;
   Seen seen[R], any = {kPart, 0};
@@ -276,8 +296,12 @@ inline void attend_rows(const Rows& rows, uint32_t row, uint32_t start, const Pa
   }
   if (any.begin >= any.end) return;
   for (uint32_t t = 0; t < kPart; t += W)
-    if (t + W > any.begin && t < any.end) score<R>(part, next, t, queries, d, padded, scores);
-  for (int r = 0; r < R; ++r) soften(m, scores[r], seen[r], partials + r * rows.stride);
+    if (t + W > any.begin && t < any.end) score<R>(part, next, t, queries, d, padded, scales, scores);
+  for (int r = 0; r < R; ++r) {
+    soften(m, scores[r], seen[r], partials + r * rows.stride);
+    if (scales == nullptr) continue;
+    for (uint32_t t = 0; t < kPart; t += W) store(scores[r] + t, load(scores[r] + t) * load(scales->values + t));
+  }
   uint32_t i = 0;
   for (; i + 4 * W <= d; i += 4 * W) weigh<R, 4>(part, next, any, scores, i, rows.stride, partials);
   for (; i + 2 * W <= d; i += 2 * W) weigh<R, 2>(part, next, any, scores, i, rows.stride, partials);
@@ -286,7 +310,7 @@ inline void attend_rows(const Rows& rows, uint32_t row, uint32_t start, const Pa
     if (seen[r].begin < seen[r].end) combine(rows.at(row + r), partials + r * rows.stride, rows.stride);
 }
 
-// The seen positions of a part as floats, each padded with zeros.
+// The seen positions of a part as floats, each padded with zeros; codes without their scales.
 template <class Kv>
 inline void convert_part(const Part<Kv>& part, const float* zeros, uint32_t d, uint32_t padded, float* memory,
                          Part<float>* converted) {
@@ -318,17 +342,20 @@ inline void attend_in_float(const Attention* job, Rows* rows, float* memory) {
     for (uint32_t i = 0; i < padded; ++i) queries[row * padded + i] = i < d ? from[i] * scale : 0.0f;
   }
   // Few rows read pages as they are; many rows are worth one conversion, as are heads that are no whole vectors.
-  const bool convert = d % W != 0 || (sizeof(Kv) == 2 && rows->count > 2 * kAttentionRows);
+  const bool convert = d % W != 0 || (sizeof(Kv) < 4 && rows->count > 2 * kAttentionRows);
   Part<float> converted;
+  Scales taken;
+  const Scales* scales = sizeof(Kv) == 1 ? &taken : nullptr;
   over_parts<Kv>(job, zeros, rows, [&](uint32_t start, const Part<Kv>& part, const Part<Kv>& next) {
+    if constexpr (sizeof(Kv) == 1) take_scales(part, d, &taken);
     if (convert) convert_part(part, zeros, d, padded, floats, &converted);
     in_blocks<kAttentionRows>(rows->count, [&](uint32_t row, auto count) {
       constexpr int R = decltype(count)::value;
       const float* from = queries + size_t{row} * padded;
       if (convert) {
-        attend_rows<R>(*rows, row, start, converted, converted, from, padded, padded, partials);
+        attend_rows<R>(*rows, row, start, converted, converted, scales, from, padded, padded, partials);
       } else {
-        attend_rows<R>(*rows, row, start, part, next, from, d, padded, partials);
+        attend_rows<R>(*rows, row, start, part, next, scales, from, d, padded, partials);
       }
     });
   });

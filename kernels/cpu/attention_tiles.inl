@@ -16,27 +16,38 @@ constexpr uint32_t kPairs = kPart / 2;
 // --- products ---
 //
 // c [rows][c_stride] = a [rows][a_stride] b [k / 2][columns][2], columns [0, n); n and k are multiples of 32, rows at
-// most 32.
+// most 32. Of int8 a word holds four elements, k is a multiple of 64, and c holds the bits of int32.
 
-inline void product(const uint16_t* a, uint32_t a_stride, const uint16_t* b, uint32_t columns, float* c,
+inline void dot_0(uint16_t) { dot_bfloat16_0(); }
+inline void dot_1(uint16_t) { dot_bfloat16_1(); }
+inline void dot_2(uint16_t) { dot_bfloat16_2(); }
+inline void dot_3(uint16_t) { dot_bfloat16_3(); }
+inline void dot_0(int8_t) { dot_int8_0(); }
+inline void dot_1(int8_t) { dot_int8_1(); }
+inline void dot_2(int8_t) { dot_int8_2(); }
+inline void dot_3(int8_t) { dot_int8_3(); }
+
+template <class Element>
+inline void product(const Element* a, uint32_t a_stride, const Element* b, uint32_t columns, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
+  constexpr uint32_t word = 4 / sizeof(Element), row = kTileRow / sizeof(Element);
   const bool both = rows > 16;
   for (uint32_t i = 0; i < n; i += 32) {
     clear_tile0();
     clear_tile1();
     clear_tile2();
     clear_tile3();
-    for (uint32_t j = 0; j < k; j += 32) {
-      const uint16_t* from = b + (size_t{j} / 2 * columns + i) * 2;
+    for (uint32_t j = 0; j < k; j += row) {
+      const Element* from = b + (size_t{j} / word * columns + i) * word;
       load_tile6(from, size_t{columns} * 4);
-      load_tile7(from + 32, size_t{columns} * 4);
-      load_tile4(a + j, size_t{a_stride} * 2);
-      dot_bfloat16_0();
-      dot_bfloat16_1();
+      load_tile7(from + row, size_t{columns} * 4);
+      load_tile4(a + j, a_stride * sizeof(Element));
+      dot_0(Element{});
+      dot_1(Element{});
       if (!both) continue;
-      load_tile5(a + size_t{16} * a_stride + j, size_t{a_stride} * 2);
-      dot_bfloat16_2();
-      dot_bfloat16_3();
+      load_tile5(a + size_t{16} * a_stride + j, a_stride * sizeof(Element));
+      dot_2(Element{});
+      dot_3(Element{});
     }
     store_tile0(c + i, c_stride);
     store_tile1(c + i + 16, c_stride);

@@ -12,13 +12,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 
 
 class NativeError(Exception):
     """The library is missing, does not fit, or ran out of memory; the message says what to do."""
 
 
+_KV_TYPES: Final = {"float32": 0, "bfloat16": 1, "int8": 2}
 # By the element type in which a packed matrix is viewed: bfloat16 panels, or blocks of int8 or int4.
 _ENCODINGS: Final = {np.dtype(np.uint16): 0, np.dtype(np.int8): 1, np.dtype(np.uint8): 2}
 
@@ -49,7 +50,7 @@ class _Model(Structure):
         *((name, c_uint32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
         *((name, c_uint32) for name in ("intermediate", "vocab", "max_positions", "sliding_window")),
         *((name, c_float) for name in ("rms_norm_eps", "logit_softcap")),
-        *((name, c_uint32) for name in ("kv_bfloat16", "bfloat16_inputs")),
+        *((name, c_uint32) for name in ("kv_type", "bfloat16_inputs")),
         *((name, c_void_p) for name in ("rope_cos", "rope_sin", "embedding")),
         ("output_head", _Matrix),
         *((name, c_void_p) for name in ("final_norm", "layer")),
@@ -205,7 +206,7 @@ class NativeModel:
         library_path: Path | None = None,
     ) -> None:
         """tensors: by the names of a packed model, in place: bfloat16 panels as uint16, int8 blocks as int8, int4
-        blocks as uint8. Raises NativeError.
+        blocks as uint8. kv_dtype: of the pages, float32, bfloat16 or int8. Raises NativeError.
         """
         self._library = library(library_path)
         angles = np.arange(shape.max_positions, dtype=np.float32)[:, None] * inverse_frequencies
@@ -233,7 +234,7 @@ class NativeModel:
             sliding_window=shape.sliding_window,
             rms_norm_eps=shape.rms_norm_eps,
             logit_softcap=shape.logit_softcap,
-            kv_bfloat16=kv_dtype == "bfloat16",
+            kv_type=_KV_TYPES[kv_dtype],
             bfloat16_inputs=dtype == "bfloat16",
             rope_cos=cosine.ctypes.data,
             rope_sin=sine.ctypes.data,
@@ -253,7 +254,7 @@ class NativeModel:
         self._shape = shape
 
     def map_pool(self, address: int, pages: int, page_size: int) -> None:
-        """address: of [pages][layer][k, v][kv_head][page_size][head_dim]."""
+        """address: of [pages][layer][k, v][kv_head][page_size] slots; see abi.h."""
         self._library.pagehold_map_pool(self._engine, byref(_Pool(base=address, pages=pages, page_size=page_size)))
 
     def step(

@@ -15,11 +15,15 @@
 #include "linear_tiles.inl"
 #endif
 //
+#include "int8_slots.inl"
+//
 #include "append.inl"
 //
 #include "attention.inl"
 #ifdef TILES
 #include "attention_tiles.inl"
+//
+#include "attention_digits.inl"
 #endif
 //
 #include "vocabulary.inl"
@@ -27,18 +31,23 @@
 namespace {
 
 template <class Input>
+void attend_to_parts(const Attention* job, Rows* rows, float* memory) {
+  const uint32_t type = job->model->kv_type;
+#ifdef TILES
+  if constexpr (sizeof(typename Input::type) == 2) {
+    if (type == kPhKvInt8) return attend_in_digits(job, rows, memory);
+    if (type == kPhKvBfloat16) return attend_in_tiles(job, rows, memory);
+  }
+#endif
+  if (type == kPhKvInt8) return attend_in_float<int8_t>(job, rows, memory);
+  if (type == kPhKvBfloat16) return attend_in_float<uint16_t>(job, rows, memory);
+  attend_in_float<float>(job, rows, memory);
+}
+
+template <class Input>
 void attend(const Attention* job, float* memory) {
   Rows rows(job, memory);
-  if (job->model->kv_bfloat16) {
-#ifdef TILES
-    if constexpr (sizeof(typename Input::type) == 2) {
-      attend_in_tiles(job, &rows, rows.end());
-    } else
-#endif
-      attend_in_float<uint16_t>(job, &rows, rows.end());
-  } else {
-    attend_in_float<float>(job, &rows, rows.end());
-  }
+  attend_to_parts<Input>(job, &rows, rows.end());
   for (uint32_t row = 0; row < rows.count; ++row)
     if (rows.query(row).partials == nullptr) finish<Input>(job->model, rows.query(row), rows.head(row), rows.at(row));
 }

@@ -63,6 +63,7 @@ STREAM_TILE(5)
 #define SUM_TILE(T, A, B)                                     \
   inline void clear_tile##T() { _tile_zero(T); }              \
   inline void dot_bfloat16_##T() { _tile_dpbf16ps(T, A, B); } \
+  inline void dot_int8_##T() { _tile_dpbssd(T, A, B); }       \
   inline void store_tile##T(float* to, size_t stride) { _tile_stored(T, to, 4 * stride); }
 SUM_TILE(0, 4, 6)
 SUM_TILE(1, 4, 7)
@@ -120,6 +121,24 @@ inline void dot_bfloat16(uint32_t t, uint32_t a, uint32_t b) {
   }
 }
 
+// As TDPBSSD: int32 sums of products of four int8.
+inline void dot_int8(uint32_t t, uint32_t a, uint32_t b) {
+  for (uint32_t r = 0; r < t_tiles.rows[t]; ++r) {
+    int8_t x[kTileRow];
+    int32_t sums[16];
+    memcpy(x, t_tiles.at[a][r], kTileRow);
+    memcpy(sums, t_tiles.at[t][r], kTileRow);
+    for (uint32_t n = 0; n < 16; ++n) {
+      for (uint32_t k = 0; k < 16; ++k) {
+        int8_t w[4];
+        memcpy(w, t_tiles.at[b][k] + 4 * n, 4);
+        for (uint32_t i = 0; i < 4; ++i) sums[n] += x[4 * k + i] * w[i];
+      }
+    }
+    memcpy(t_tiles.at[t][r], sums, kTileRow);
+  }
+}
+
 #define LOAD_TILE(T) \
   inline void load_tile##T(const void* from, size_t bytes) { load_tile(T, from, bytes); }
 LOAD_TILE(4)
@@ -133,6 +152,7 @@ inline void stream_tile5(const void* from, size_t bytes) { load_tile5(from, byte
 #define SUM_TILE(T, A, B)                                                                               \
   inline void clear_tile##T() { memset(t_tiles.at[T], 0, sizeof t_tiles.at[T]); }                       \
   inline void dot_bfloat16_##T() { dot_bfloat16(T, A, B); }                                             \
+  inline void dot_int8_##T() { dot_int8(T, A, B); }                                                     \
   inline void store_tile##T(float* to, size_t stride) {                                                 \
     for (uint32_t r = 0; r < t_tiles.rows[T]; ++r) memcpy(to + r * stride, t_tiles.at[T][r], kTileRow); \
   }

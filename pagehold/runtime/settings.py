@@ -38,7 +38,7 @@ def parse_bytes(value: object) -> object:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-KvDtype = Literal["bfloat16", "float16", "float32", "fp8_e4m3"]
+KvDtype = Literal["bfloat16", "float16", "float32", "fp8_e4m3", "int8"]
 
 
 class Settings(BaseSettings):
@@ -107,7 +107,9 @@ class ExecutorSettings(DevicePoolSettings):
     weights: Literal["auto", "bfloat16", "int8", "int4"] = Field(
         "auto", description="auto: the file's own 4- or 8-bit blocks where they are fast, which changes no token"
     )
-    kv_dtype: KvDtype | None = Field(None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA")
+    kv_dtype: KvDtype | None = Field(
+        None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA; int8: CPUs"
+    )
     deterministic: bool = Field(False, description="CUDA: tokens do not depend on what else runs; CPUs always are")
     page_size: int = Field(16, ge=8, le=128, description="tokens in a page")
     kv_memory: Bytes | None = Field(None, gt=0, description="size of the page pool, such as 2GiB")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from kvmanager.layout import KvDtype
 from services.executor.modelstore.checkpoint import BF16, Checkpoint, Part
 from services.executor.modelstore.convert import convert
 from services.executor.modelstore.gguf_file import GgufCheckpoint
@@ -46,7 +47,9 @@ BASE = Variant("float32", Weights.BFLOAT16, False, "float32", "float32")
 VARIANTS = (
     Variant("bfloat16", Weights.BFLOAT16, False, "bfloat16", "bfloat16"),
     Variant("auto", Weights.FILE, False, "bfloat16", "bfloat16"),
+    Variant("auto, int8 pages", Weights.FILE, False, "bfloat16", "int8"),
     Variant("int8, rounded", Weights.INT8, True, "bfloat16", "bfloat16"),
+    Variant("int8, int8 pages", Weights.INT8, True, "bfloat16", "int8"),
     Variant("int4, rounded", Weights.INT4, True, "bfloat16", "bfloat16"),
 )
 
@@ -106,8 +109,8 @@ def judge(model: PackedModel, variant: Variant, texts: list[list[int]]) -> tuple
     """Perplexity, and the most likely token after each position."""
     runner = CpuRunner(model, variant.dtype, variant.kv_dtype, threads=2)
     pages = -(-len(texts[0]) // PAGE_SIZE) + 1
-    spec, element = model.spec, 4 if variant.kv_dtype == "float32" else 2
-    page_bytes = spec.layers * 2 * spec.kv_heads * PAGE_SIZE * spec.head_dim * element
+    spec, kv_dtype = model.spec, KvDtype[variant.kv_dtype.upper()]
+    page_bytes = spec.layers * 2 * spec.kv_heads * PAGE_SIZE * kv_dtype.slot_bytes(spec.head_dim)
     runner.map_pool(memoryview(bytearray(page_bytes * pages)), pages, PAGE_SIZE)
     row = np.arange(1, pages, dtype=np.uint64)
     likely, scores = [], []
@@ -144,10 +147,10 @@ def main() -> None:
         print(json.dumps([asdict(loss) for loss in losses], indent=1))
         return
     print(f"{asked.passages} passages of {asked.length} tokens; float32: perplexity {base:.4f}")
-    print(f"{'weights':<14} {'MB':>6} {'perplexity':>11} {'increase':>9} {'agreement':>10}")
+    print(f"{'weights':<16} {'MB':>6} {'perplexity':>11} {'increase':>9} {'agreement':>10}")
     for loss in losses:
         print(
-            f"{loss.variant:<14} {loss.megabytes:>6.0f} {loss.perplexity:>11.4f} {loss.increase:>9.2%} "
+            f"{loss.variant:<16} {loss.megabytes:>6.0f} {loss.perplexity:>11.4f} {loss.increase:>9.2%} "
             f"{loss.agreement:>10.2%}"
         )
 

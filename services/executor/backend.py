@@ -73,6 +73,8 @@ class HostBackend(Backend):
         """Raises ConfigurationError."""
         if wrong := {settings.dtype, settings.kv_dtype} & {"float16", "fp8_e4m3"}:
             raise ConfigurationError(f"{sorted(map(str, wrong))[0]} is for GPUs; use bfloat16 or float32 on a CPU")
+        if settings.runner == "reference" and settings.kv_dtype == "int8":
+            raise ConfigurationError("the reference runner has no int8 pages; choose another --kv-dtype")
         self._settings, self._state, self._pool = settings, state, pool
         self.max_batch_tokens = settings.max_batch_tokens or CPU_BATCH_TOKENS
         self.runner = _make_runner(settings, model)

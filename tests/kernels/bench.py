@@ -39,18 +39,18 @@ Job = Callable[[], object]
 
 
 def sequences(pages: Pages, count: int, length: int) -> list[Sequence]:
-    """Sequences whose pages hold something."""
-    pages.values.view(np.uint16)[...] = 0x3C00
+    """Sequences whose pages hold something, as bfloat16 or as a scale of int8."""
+    pages.values.view(np.uint8)[...] = 0x3C
     rng = np.random.default_rng(1)
     tokens = [rng.integers(0, SHAPE.vocab, length).astype(np.uint32) for _ in range(count)]
     return [Sequence(t, pages.row(length), NativeSampling(GREEDY)) for t in tokens]
 
 
-def steps(variant: Variant, tensors: dict[str, np.ndarray]) -> dict[str, Job]:
+def steps(variant: Variant, tensors: dict[str, np.ndarray], kv_dtype: str) -> dict[str, Job]:
     """Whole steps: decodes after 300 positions, and a prompt."""
-    model = variant.model(SHAPE, tensors, "bfloat16")
+    model = variant.model(SHAPE, tensors, "bfloat16", kv_dtype=kv_dtype)
     jobs: dict[str, Job] = {}
-    pages = Pages(model, SHAPE, "bfloat16", 64 * 19 + 33, 16)
+    pages = Pages(model, SHAPE, kv_dtype, 64 * 19 + 33, 16)
     lanes = sequences(pages, 64, 300)
     prompt = sequences(pages, 1, 512)[0]
 
@@ -64,17 +64,17 @@ def steps(variant: Variant, tensors: dict[str, np.ndarray]) -> dict[str, Job]:
         return run
 
     for batch in (1, 8, 32, 64):
-        jobs[f"decode step, batch {batch}"] = job(lanes[:batch], 299, 1)
-    jobs["prefill step, 512 positions"] = job([prompt], 0, 512)
+        jobs[f"decode step, batch {batch}, {kv_dtype}"] = job(lanes[:batch], 299, 1)
+    jobs[f"prefill step, 512 positions, {kv_dtype}"] = job([prompt], 0, 512)
     return jobs
 
 
-def attentions(variant: Variant) -> dict[str, Job]:
+def attentions(variant: Variant, kv_dtype: str) -> dict[str, Job]:
     """Attention of all layers alone."""
     jobs: dict[str, Job] = {}
     for batch, start, count in ((32, 299, 1), (4, 1999, 1), (1, 0, 512)):
-        model = variant.attention(SHAPE, "bfloat16", "bfloat16")
-        pages = Pages(model, SHAPE, "bfloat16", batch * (start + count + 15) // 16 + 4, 16)
+        model = variant.attention(SHAPE, "bfloat16", kv_dtype)
+        pages = Pages(model, SHAPE, kv_dtype, batch * (start + count + 15) // 16 + 4, 16)
         lanes = sequences(pages, batch, start + count)
         chunks = as_chunks([lane.chunk(start, count) for lane in lanes])
         width = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim
@@ -84,7 +84,7 @@ def attentions(variant: Variant) -> dict[str, Job]:
             for layer in range(SHAPE.layers):
                 model.attend(layer, chunks, qkv)
 
-        jobs[f"attention, {batch} x {count} after {start}"] = job
+        jobs[f"attention, {batch} x {count} after {start}, {kv_dtype}"] = job
     return jobs
 
 
@@ -113,8 +113,12 @@ def main() -> None:
     tensors = random_tensors(SHAPE)
     libraries = [Path(argument) for argument in sys.argv[1:]] or []
     variants = [Variant(available_isas()[-1], library) for library in (*libraries, None)]
-    jobs = [steps(variant, tensors) | attentions(variant) | samplings(variant) for variant in variants]
-    print(f"{'ms':32}" + "".join(f"{library.name:>16}" for library in libraries) + f"{'installed':>16}")
+    jobs: list[dict[str, Job]] = []
+    for variant in variants:
+        jobs.append(samplings(variant))
+        for kv_dtype in ("bfloat16", "int8"):
+            jobs[-1] |= steps(variant, tensors, kv_dtype) | attentions(variant, kv_dtype)
+    print(f"{'ms':40}" + "".join(f"{library.name:>16}" for library in libraries) + f"{'installed':>16}")
     for name in jobs[0]:
         best = [float("inf")] * len(variants)
         for _ in range(TURNS):
@@ -123,7 +127,7 @@ def main() -> None:
                 job[name]()
                 best[i] = min(best[i], time.process_time() - started)
         ratio = f"   {best[0] / best[-1]:.2f} times as fast" if libraries else ""
-        print(f"{name:32}" + "".join(f"{seconds * 1e3:16.2f}" for seconds in best) + ratio, flush=True)
+        print(f"{name:40}" + "".join(f"{seconds * 1e3:16.2f}" for seconds in best) + ratio, flush=True)
 
 
 if __name__ == "__main__":

@@ -65,13 +65,19 @@ def step(model: NativeModel, chunk: tuple[int, ...]) -> tuple[int, float]:
     return int(tokens[0]), float(logprobs[0])
 
 
-@pytest.fixture(scope="module", params=["grouped-float32", "grouped-bfloat16", "windowed-float32", "windowed-bfloat16"])
+# Of the arithmetic, by the type of the pages.
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
+
+
+@pytest.fixture(
+    scope="module", params=[f"{shape}-{kv_dtype}" for shape in ("grouped", "windowed") for kv_dtype in DTYPES]
+)
 def bench(request: pytest.FixtureRequest, variant: Variant) -> Iterator[Bench]:
-    name, dtype = request.param.split("-")
+    name, kv_dtype = request.param.split("-")
     shape = {"grouped": GROUPED, "windowed": WINDOWED}[name]
     tensors = random_tensors(shape)
-    models = {threads: variant.model(shape, tensors, dtype, threads) for threads in (1, 2)}
-    bench = Bench(shape, dtype, models, np.empty(0), np.empty(0), (0, 0.0))
+    models = {threads: variant.model(shape, tensors, DTYPES[kv_dtype], threads, kv_dtype) for threads in (1, 2)}
+    bench = Bench(shape, kv_dtype, models, np.empty(0), np.empty(0), (0, 0.0))
     pages = bench.pages(1)
     alone = sequence(pages)
     bench.logits = np.concatenate([models[1].logits(as_chunks([alone.chunk(i, 1)])) for i in range(LENGTH)])
@@ -214,25 +220,25 @@ class Context:
 
     variant: Variant
     shape: ModelShape
-    dtype: str
+    kv_dtype: str
     qkv: np.ndarray  # float32 [LONG, ...]
     output: np.ndarray  # float32 [LONG, heads * head_dim]
 
     def model(self, threads: int) -> NativeModel:
-        return self.variant.attention(self.shape, self.dtype, self.dtype, threads)
+        return self.variant.attention(self.shape, DTYPES[self.kv_dtype], self.kv_dtype, threads)
 
 
-@pytest.fixture(scope="module", params=["grouped-float32", "grouped-bfloat16", "windowed-bfloat16"])
+@pytest.fixture(scope="module", params=["grouped-float32", "grouped-bfloat16", "grouped-int8", "windowed-bfloat16"])
 def context(request: pytest.FixtureRequest, variant: Variant) -> Context:
-    name, dtype = request.param.split("-")
+    name, kv_dtype = request.param.split("-")
     window = {"grouped": 0, "windowed": 1200}[name]
     shape = replace(GROUPED, heads=4, max_positions=LONG, sliding_window=window, qk_norm=False)
     rng = np.random.default_rng(5)
     qkv = rng.normal(size=(LONG, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)).astype(np.float32)
-    context = Context(variant, shape, dtype, qkv, np.empty(0))
+    context = Context(variant, shape, kv_dtype, qkv, np.empty(0))
     model = context.model(1)
     try:
-        pages = Pages(model, shape, dtype, 100, 16)
+        pages = Pages(model, shape, kv_dtype, 100, 16)
         lane = sequence(pages, length=LONG)
         context.output = model.attend(0, as_chunks([lane.chunk(0, LONG)]), qkv)
     finally:
@@ -246,7 +252,7 @@ def test_a_long_context_in_pieces(context: Context, threads: int) -> None:
     """A step is cut by threads and by what else it has: a decode, some positions, a chunk, each alone and together."""
     model = context.model(threads)
     try:
-        pages = Pages(model, context.shape, context.dtype, 500, 16)
+        pages = Pages(model, context.shape, context.kv_dtype, 500, 16)
         spans = [(LONG - 1, 1), (LONG - 9, 9), (1000, 70), (LONG // 2, 1), (1151, 2)]
         lanes = [sequence(pages, length=LONG) for _ in spans]
         for lane in lanes:
@@ -268,7 +274,7 @@ def test_prefixes_shared_in_a_batch(context: Context, page_size: int, threads: i
     """Decodes and short chunks whose tables begin alike: with all the same pages, some of them, or none."""
     model = context.model(threads)
     try:
-        pages = Pages(model, context.shape, context.dtype, 1500, page_size)
+        pages = Pages(model, context.shape, context.kv_dtype, 1500, page_size)
         lanes, inputs, chunks, rows, wanted = [], [], [], [], []
         for i, shared in enumerate([0, 1290, 1290, 1290, 600, 600, 600, 600, 128, 100, 0, 0, 1024, 1024, 900, 1200]):
             lane, qkv = sequence(pages, length=LONG), np.random.default_rng(i).permuted(context.qkv, axis=0)
@@ -309,7 +315,7 @@ def test_nothing_behind_a_block_table_is_looked_at(context: Context) -> None:
     """It may change while a step runs. Sequences of other lengths, which share what the shorter ones have."""
     model = context.model(2)
     try:
-        pages = Pages(model, context.shape, context.dtype, 800, 16)
+        pages = Pages(model, context.shape, context.kv_dtype, 800, 16)
         longest = sequence(pages, length=LONG)
         model.attend(0, as_chunks([longest.chunk(0, LONG)]), context.qkv)
         lengths = (LONG, 700, 690, 1100, 400, 401, 399, 900, 1025)

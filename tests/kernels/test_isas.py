@@ -19,14 +19,19 @@ from tests.kernels.variants import GROUPED, WINDOWED, Pages, Variant, as_chunks,
 KNOWN = ("portable", "avx2", "avx512bf16", "amx")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "tolerance"),
+    [("float32", "float32", 1e-5), ("bfloat16", "bfloat16", 0.03), ("bfloat16", "int8", 0.03)],
+)
 @pytest.mark.parametrize("shape", [GROUPED, WINDOWED], ids=["grouped", "windowed"])
-def test_instruction_sets_agree(variants: list[Variant], shape: ModelShape, dtype: str, tolerance: float) -> None:
+def test_instruction_sets_agree(
+    variants: list[Variant], shape: ModelShape, dtype: str, kv_dtype: str, tolerance: float
+) -> None:
     tensors = random_tensors(shape)
     results = []
     for variant in variants:
-        model = variant.model(shape, tensors, dtype)
-        pages = Pages(model, shape, dtype, 50, 16)
+        model = variant.model(shape, tensors, dtype, kv_dtype=kv_dtype)
+        pages = Pages(model, shape, kv_dtype, 50, 16)
         lane = sequence(pages)
         results.append(model.logits(as_chunks([lane.chunk(0, LENGTH)])))
         model.close()

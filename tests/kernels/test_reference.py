@@ -58,6 +58,13 @@ def test_soft_cap_bounds_the_scores() -> None:
     np.testing.assert_allclose(got[0, 0], (weights / weights.sum()) @ pool[0, 0, 1, 0])
 
 
+def test_int8_slots_by_hand() -> None:
+    slots = reference.int8_slots(np.array([[127, 0.5, 1.5, -2.5, -126.6], [0, 1e-31, 0, 0, 0]], np.float32))
+    assert slots[:, :5].view(np.int8).tolist() == [[127, 0, 2, -2, -127], [0] * 5]
+    assert slots[:, 5:].copy().view(np.float32)[:, 0].tolist() == [1, 0]
+    assert reference.int8_values(slots).tolist() == [[127, 0, 2, -2, -127], [0] * 5]
+
+
 def test_filters_by_hand() -> None:
     z = np.log(np.array([0.1, 0.4, 0.1, 0.3, 0.1], np.float32))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from kernels import reference
 from kernels.cpu import native
 from kernels.cpu.native import ModelShape, NativeModel, NativeSampling, SamplingFields
 from kernels.cpu.packing import pack_gate_up, pack_linear
@@ -68,9 +69,18 @@ class Variant:
     isa: str
     shared_object: Path | None
 
-    def model(self, shape: ModelShape, tensors: dict[str, np.ndarray], dtype: str, threads: int = 1) -> NativeModel:
+    def model(
+        self,
+        shape: ModelShape,
+        tensors: dict[str, np.ndarray],
+        dtype: str,
+        threads: int = 1,
+        kv_dtype: str | None = None,
+    ) -> NativeModel:
+        """kv_dtype: default: the dtype."""
         frequencies = (10000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32)
-        return NativeModel(shape, tensors, frequencies, dtype, dtype, threads, self.isa, self.shared_object)
+        kv_dtype = kv_dtype or dtype
+        return NativeModel(shape, tensors, frequencies, dtype, kv_dtype, threads, self.isa, self.shared_object)
 
     def attention(self, shape: ModelShape, dtype: str, kv_dtype: str, threads: int = 1) -> NativeModel:
         """A model that can only attend: no weights, no rotation."""
@@ -126,8 +136,18 @@ def random_tensors(shape: ModelShape, seed: int = 1) -> dict[str, np.ndarray]:
     return tensors
 
 
-def page_type(kv_dtype: str) -> type:
-    return ml_dtypes.bfloat16 if kv_dtype == "bfloat16" else np.float32
+def stored(values: np.ndarray, kv_dtype: str) -> np.ndarray:
+    """Slots of pages that hold float32 values [..., head_dim]; int8 ones are uint8 [..., head_dim + 4]."""
+    if kv_dtype == "int8":
+        return reference.int8_slots(values)
+    return values.astype(ml_dtypes.bfloat16 if kv_dtype == "bfloat16" else np.float32)
+
+
+def unwritten(shape: tuple[int, ...], kv_dtype: str) -> np.ndarray:
+    """The same that hold NaN."""
+    slots = stored(np.zeros((1, shape[-1]), np.float32), kv_dtype)
+    # NaN in both types, and as a scale.
+    return np.full((*shape[:-1], slots.shape[-1] * slots.itemsize), 0xFF, np.uint8).view(slots.dtype)
 
 
 class Pages:
@@ -138,7 +158,7 @@ class Pages:
         self._order = np.random.default_rng(pages).permutation(np.arange(1, pages))
         self._next = 0
         dimensions = (pages, shape.layers, 2, shape.kv_heads, page_size, shape.head_dim)
-        self.values: np.ndarray = np.full(dimensions, np.nan, page_type(kv_dtype))
+        self.values = unwritten(dimensions, kv_dtype)
         model.map_pool(self.values.ctypes.data, pages, page_size)
 
     def row(self, capacity: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from kvmanager.layout import KvDtype
 from services.executor.modelstore.spec import DecoderSpec
 from services.executor.runner.base import Chunk, Lane, Runner, SamplingParams
 
@@ -20,8 +21,11 @@ class TestPool:
         self._page_size = page_size
         self._next = 1
         self.pages = pages
-        shape = (pages, spec.layers, 2, spec.kv_heads, page_size, spec.head_dim)
-        self.values = np.full(shape, np.nan, ml_dtypes.bfloat16 if kv_dtype == "bfloat16" else np.float32)
+        dtype = np.dtype({"bfloat16": ml_dtypes.bfloat16, "int8": np.uint8}.get(kv_dtype, np.float32))
+        slot_bytes = KvDtype[kv_dtype.upper()].slot_bytes(spec.head_dim)
+        shape = (pages, spec.layers, 2, spec.kv_heads, page_size, slot_bytes)
+        self.values = np.empty(shape, np.uint8).view(dtype)  # [pages, layers, k and v, kv_heads, page_size, …]
+        self.reset()
         self.map_into(runner)
 
     def map_into(self, runner: Runner) -> None:
@@ -44,7 +48,7 @@ class TestPool:
     def reset(self) -> None:
         """Takes all pages back and forgets what they hold."""
         self._next = 1
-        self.values.view(np.uint8)[...] = 0xFF  # NaN in both types
+        self.values.view(np.uint8)[...] = 0xFF  # NaN in both types, and as a scale
 
 
 def chunks_of(lane: Lane, length: int, size: int | None) -> list[Chunk]:

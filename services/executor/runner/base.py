@@ -109,7 +109,7 @@ class Runner(ABC):
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         """Gives the runner the pages. Called once, before the first step.
 
-        pool: [pages][layer][k, v][kv_head][token][head_dim] in the runner's K/V dtype.
+        pool: [pages][layer][k, v][kv_head][token] slots of the runner's K/V dtype, as in `kvmanager.layout`.
         """
 
     @abstractmethod

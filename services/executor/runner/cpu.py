@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from kernels.cpu.native import CHUNK, ModelShape, NativeModel, NativeSampling, SamplingFields
-from kvmanager.layout import F32
+from kvmanager.layout import F32, KvDtype
 from services.executor.modelstore.packed import PackedModel
 from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
 
@@ -52,16 +52,16 @@ class CpuRunner(Runner):
         tensors = {name: model.view(name) for name in model.tensors}
         self._native = NativeModel(shape, tensors, spec.inverse_frequencies(), dtype, kv_dtype, threads, isa)
         self._spec = spec
-        self._element = np.dtype(np.uint32 if kv_dtype == "float32" else np.uint16)  # of the pages, as bits
-        self._pool: np.ndarray | None = None  # [pages, layers * 2 * kv_heads, page_size, head_dim]
+        self._slot_bytes = KvDtype[kv_dtype.upper()].slot_bytes(spec.head_dim)
+        self._pool: np.ndarray | None = None  # uint8 [pages, layers * 2 * kv_heads, page_size, slot_bytes]
         self.isa = self._native.isa
         isa = "avx512bf16" if self.isa == "amx" and dtype != "bfloat16" else self.isa  # tiles multiply bfloat16
         self.drafts = DraftLimits(_MOST_DRAFTS, _ROWS[isa])
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         spec = self._spec
-        shape = (pages, spec.layers * 2 * spec.kv_heads, page_size, spec.head_dim)
-        self._pool = np.frombuffer(pool, self._element, int(np.prod(shape))).reshape(shape)
+        shape = (pages, spec.layers * 2 * spec.kv_heads, page_size, self._slot_bytes)
+        self._pool = np.frombuffer(pool, np.uint8, int(np.prod(shape))).reshape(shape)
         self._native.map_pool(self._pool.ctypes.data, pages, page_size)
 
     def prepare(self, lane: Lane, known: int) -> None:

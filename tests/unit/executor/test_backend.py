@@ -50,7 +50,12 @@ def test_types_of_gpus_are_refused_on_a_cpu(tmp_path: Path, model: PackedModel, 
         made(tmp_path, model, device="cpu", **flags)
 
 
-@pytest.mark.parametrize("flags", [{"dtype": "float32"}, {"kv_dtype": "float16"}])
+def test_pages_that_a_runner_lacks_are_refused(tmp_path: Path, model: PackedModel) -> None:
+    with pytest.raises(ConfigurationError, match="the reference runner has no int8 pages; choose another --kv-dtype"):
+        made(tmp_path, model, device="cpu", runner="reference", kv_dtype="int8")
+
+
+@pytest.mark.parametrize("flags", [{"dtype": "float32"}, {"kv_dtype": "float16"}, {"kv_dtype": "int8"}])
 def test_types_of_cpus_are_refused_on_a_gpu(tmp_path: Path, model: PackedModel, flags: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match="choose other --dtype and --kv-dtype"):
         made(tmp_path, model, device="cuda", cuda_driver=STAND_IN, **flags)

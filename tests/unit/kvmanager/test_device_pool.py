@@ -233,7 +233,8 @@ def test_strides_of_both_layouts_cover_the_pool_once() -> None:
     half = 2 * 16 * 64
     assert geometry(KvDtype.FP8_E4M3, 1).strides == (3 * 2 * half, 2 * half, half)
     assert geometry(KvDtype.FLOAT16, LAYER_MAJOR).strides == (2 * 2 * half, 10 * 2 * 2 * half, 2 * half)
-    for shape in (geometry(KvDtype.FLOAT32, 1), geometry(KvDtype.BFLOAT16, LAYER_MAJOR)):
+    assert geometry(KvDtype.INT8, 1).strides.half == half + 2 * 16 * 4  # with a scale to each slot
+    for shape in (geometry(KvDtype.FLOAT32, 1), geometry(KvDtype.INT8, 1), geometry(KvDtype.BFLOAT16, LAYER_MAJOR)):
         page, layer, half = shape.strides
         starts = sorted(p * page + n * layer + h * half for p in range(10) for n in range(3) for h in range(2))
         assert starts == list(range(0, shape.pages * shape.page_bytes, half))
@@ -254,6 +255,11 @@ def test_scales_are_fixed_for_the_life_of_the_pool(state: StateDir) -> None:
     assert not attach(manager, state, fp8_request(scales)).attach.pool_is_new
     reply = attach(manager, state, fp8_request([0.5, 0.25, 0.1, 1.0]))
     assert reply.error.reason == kv.ERROR_REASON_WRONG_MODEL and "fp8 scales" in reply.error.message
+
+
+def test_int8_pages_are_refused_on_a_device(state: StateDir) -> None:
+    reply = attach(manager_of(state), state, device_request(ONE, PoolKind.IPC, kv_dtype="int8", layout_id=LAYER_MAJOR))
+    assert reply.error.reason == kv.ERROR_REASON_INVALID and "int8 are for CPUs only" in reply.error.message
 
 
 @pytest.mark.parametrize("scales", [[], [1.0] * 3, [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, float("nan")]])

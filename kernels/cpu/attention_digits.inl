@@ -1,0 +1,260 @@
+// Attention by tiles over int8 pages: codes are multiplied as they lie in pages, by integers, exactly.
+//
+// Queries and weights are rounded to integers of two digits, each an int8: value = (128 high + low) x a row's factor.
+// The digits of a block of rows are the rows of one matrix, high ones first, so that both sums come from one product.
+// Integer sums are exact: whatever the batch, the chunk and the order of additions, they are the same. The scales of
+// keys are applied to scores, those of values to weights before they are rounded.
+//
+// |128 high + low| <= 16256 and |code| <= 127: a sum over 1,040 dimensions, or over a part, fits an int32.
+
+namespace {
+
+constexpr uint32_t kDigitRows = 16;          // rows in one product, of two digits each
+constexpr float kMostDigits = 127.0f * 128;  // of an integer of two digits
+constexpr float kLeastRounded = 1e-33f;      // rows whose largest value is less are zeros
+
+constexpr uint32_t pad64(uint32_t n) { return (n + 63) / 64 * 64; }
+
+// --- digits ---
+
+// The largest |value| of a vector's lanes and `most`, as bits; NaN is above all.
+inline vi most_of(vi most, vf values) {
+  const vi bits = reinterpret_cast<vi>(values) & 0x7fffffff;
+  return bits > most ? bits : most;
+}
+
+inline float largest_of(vi most) {
+  int32_t lanes[W], largest = 0;
+  memcpy(lanes, &most, sizeof lanes);
+  for (int32_t lane : lanes) largest = lane > largest ? lane : largest;
+  float value;
+  memcpy(&value, &largest, 4);
+  return value;
+}
+
+inline float inverse_of(float most) { return most < kLeastRounded ? 0.0f : kMostDigits / most; }
+
+inline void store_digits(vf values, float inverse, int8_t* high, int8_t* low) {
+  typedef int8_t digits __attribute__((vector_size(W)));
+  typedef int8_t digits_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
+  const vf shifted = values * inverse + kRounder;
+  const vi whole = reinterpret_cast<vi>(shifted) - reinterpret_cast<vi>(splat(kRounder));
+  const vi upper = (whole + 64) >> 7;
+  *reinterpret_cast<digits_unaligned*>(high) = __builtin_convertvector(upper, digits);
+  *reinterpret_cast<digits_unaligned*>(low) = __builtin_convertvector(whole - (upper << 7), digits);
+}
+
+// The sums of both digits, as they lie in what `product` has left.
+inline vf load_sums(const float* high, const float* low) {
+  return __builtin_convertvector((reinterpret_cast<vi>(load(high)) << 7) + reinterpret_cast<vi>(load(low)), vf);
+}
+
+// A head's query [d] into digits [depth], zeros behind. Returns the factor. Not inlined: one way to round.
+__attribute__((noinline)) float query_digits(const float* query, uint32_t d, uint32_t depth, int8_t* high,
+                                             int8_t* low) {
+  memset(high, 0, depth);
+  memset(low, 0, depth);
+  const auto values = [&](uint32_t i) {
+    if (i + W <= d) return load(query + i);
+    alignas(64) float some[W] = {};
+    memcpy(some, query + i, (d - i) * sizeof(float));
+    return load(some);
+  };
+  vi most = vi{};
+  for (uint32_t i = 0; i < d; i += W) most = most_of(most, values(i));
+  const float largest = largest_of(most), inverse = inverse_of(largest);
+  for (uint32_t i = 0; i < d; i += W) store_digits(values(i), inverse, high + i, low + i);
+  return largest / kMostDigits;
+}
+
+// --- from pages into blocks ---
+//
+// The first lines of the next part's pages are on their way (find_part). To ask for the others too was no faster.
+
+typedef int8_t vb4 __attribute__((vector_size(W * 4)));  // four codes to a lane
+
+#ifdef __clang__
+#define SHUFFLE_BYTES(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE_BYTES(x, y, ...) __builtin_shuffle(x, y, (vb4){__VA_ARGS__})
+#endif
+
+// 64 codes from `from` on, those from `count` on 0.
+inline vu load_codes(const int8_t* from, uint32_t count) {
+  if (count >= 4 * W) return *reinterpret_cast<const vu_unaligned*>(from);
+  alignas(64) int8_t some[4 * W] = {};
+  memcpy(some, from, count);
+  return *reinterpret_cast<const vu_unaligned*>(some);
+}
+
+inline void store_codes(int8_t* to, vu codes) { *reinterpret_cast<vu_unaligned*>(to) = codes; }
+inline void store_codes(int8_t* to, vb4 codes) { store_codes(to, reinterpret_cast<vu>(codes)); }
+
+// keys [depth / 4][kPart][4] and scales, of `count` positions.
+inline void take_key_codes(const Part<int8_t>& part, uint32_t count, uint32_t d, int8_t* keys, float* scales) {
+  for (uint32_t t = 0; t < count; t += 16) {
+    for (uint32_t p = 0; p < 16; ++p) scales[t + p] = scale_of(part.keys[t + p], d);
+    for (uint32_t i = 0; i < d; i += 64) {
+      vu v[16];
+      for (uint32_t p = 0; p < 16; ++p) v[p] = load_codes(part.keys[t + p] + i, d - i);
+      transpose(v);
+      int8_t* to = keys + (size_t{i} / 4 * kPart + t) * 4;
+      for (int c = 0; c < 16; ++c) store_codes(to + size_t(c) * 4 * kPart, v[transposed(c)]);
+    }
+  }
+}
+
+// Words 4 q + c of a vector to 4 c + q: pairs up within quarters then leave columns in order.
+template <int... I>
+inline vb4 spread(vu x, std::integer_sequence<int, I...>) {
+  return reinterpret_cast<vb4>(SHUFFLE(x, x, (I % 4 * 4 + I / 4)...));
+}
+// Within each quarter: elements of `Size` bytes of x and y in turns, of the lower half or the upper.
+template <int Size, int Half, int... I>
+inline vb4 interleave(vb4 x, vb4 y, std::integer_sequence<int, I...>) {
+  return SHUFFLE_BYTES(
+      x, y, (I / 16 * 16 + Half * 8 + I % 16 / (2 * Size) * Size + I % Size + (I / Size % 2 ? 4 * W : 0))...);
+}
+
+// values [count / 4][width][4], four positions to a word, and scales.
+inline void take_value_codes(const Part<int8_t>& part, uint32_t count, uint32_t d, uint32_t width, int8_t* values,
+                             float* scales) {
+  const auto words = std::make_integer_sequence<int, W>{};
+  const auto bytes = std::make_integer_sequence<int, 4 * W>{};
+  for (uint32_t t = 0; t < count; t += 4) {
+    for (uint32_t p = 0; p < 4; ++p) scales[t + p] = scale_of(part.values[t + p], d);
+    for (uint32_t i = 0; i < d; i += 64) {
+      vb4 v[4];
+      for (uint32_t p = 0; p < 4; ++p) v[p] = spread(load_codes(part.values[t + p] + i, d - i), words);
+      const vb4 low[2] = {interleave<1, 0>(v[0], v[1], bytes), interleave<1, 0>(v[2], v[3], bytes)};
+      const vb4 high[2] = {interleave<1, 1>(v[0], v[1], bytes), interleave<1, 1>(v[2], v[3], bytes)};
+      int8_t* to = values + (size_t{t} / 4 * width + i) * 4;
+      store_codes(to, interleave<2, 0>(low[0], low[1], bytes));
+      store_codes(to + 64, interleave<2, 1>(low[0], low[1], bytes));
+      if (i + 32 >= width) continue;
+      store_codes(to + 128, interleave<2, 0>(high[0], high[1], bytes));
+      store_codes(to + 192, interleave<2, 1>(high[0], high[1], bytes));
+    }
+  }
+}
+
+// --- softmax of one part ---
+
+// Sums of both digits of a row's scores, [kPart] each, into the digits of its weights, up to `count`, a multiple of 64;
+// and into their largest score and the sum of weights, before values' scales. `high` is changed. Positions that the row
+// does not see have weight 0. Returns the factor of the weights. Not inlined: one way to round.
+__attribute__((noinline)) float soften_digits(const PhModel* m, float* high, const float* low, const Scales& scales,
+                                              Seen seen, uint32_t count, float scale, int8_t* weights_high,
+                                              int8_t* weights_low, float* partial) {
+  vi lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  const vi begin = vi{} + static_cast<int32_t>(seen.begin), end = vi{} + static_cast<int32_t>(seen.end);
+  const auto visible = [&](uint32_t t) {
+    const vi position = lanes + static_cast<int32_t>(t);
+    return (position >= begin) & (position < end);
+  };
+  vf peak = splat(-INFINITY);
+  const auto raise = [&](uint32_t t, vf scores) {
+    const vf s = visible(t) ? scores : splat(-INFINITY);
+    peak = s > peak ? s : peak;
+  };
+  const bool capped = m->logit_softcap != 0.0f;
+  for (uint32_t t = 0; t < count; t += W) {
+    const vf s = load_sums(high + t, low + t) * load(scales.keys + t);
+    store(high + t, s);
+    if (!capped) raise(t, s);
+  }
+  if (capped) {
+    for (uint32_t t = seen.begin; t < seen.end; ++t)
+      high[t] = m->logit_softcap * tanhf(high[t] * scale / m->logit_softcap);
+    for (uint32_t t = 0; t < count; t += W) raise(t, load(high + t));
+    scale = 1.0f;
+  }
+  const float most = largest(peak) * scale;
+  const float factor = scale * 1.44269504088896341f, offset = most * 1.44269504088896341f;
+  vf total = vf{};
+  vi heaviest = vi{};
+  for (uint32_t t = 0; t < count; t += W) {
+    const vi seen_here = visible(t);
+    const vf p = exponential2(load(high + t) * factor - offset);
+    const vf weight = seen_here ? p * load(scales.values + t) : vf{};
+    total += seen_here ? p : vf{};
+    heaviest = most_of(heaviest, weight);
+    store(high + t, weight);
+  }
+  partial[0] = most;
+  partial[1] = sum(total);
+  const float largest = largest_of(heaviest), inverse = inverse_of(largest);
+  for (uint32_t t = 0; t < count; t += W) store_digits(load(high + t), inverse, weights_high + t, weights_low + t);
+  return largest / kMostDigits;
+}
+
+// --- a piece of work ---
+
+inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
+  const uint32_t d = job->model->head_dim, depth = pad64(d), width = pad32(d);
+  const auto take = [&](size_t floats) {
+    float* taken = memory;
+    memory += floats;
+    return taken;
+  };
+  const auto take_codes = [&](size_t bytes) { return reinterpret_cast<int8_t*>(take(bytes / sizeof(float))); };
+  float* factors = take(pad16(rows->count));
+  int8_t* queries = take_codes(size_t{pad16(rows->count)} * 2 * depth);  // of each block [digit][rows][depth]
+  int8_t* zeros = take_codes(depth + 64);
+  int8_t* keys = take_codes(size_t{depth} * kPart);
+  int8_t* values = take_codes(size_t{width} * kPart);
+  int8_t* weights = take_codes(2 * kDigitRows * kPart);
+  float* scores = take(2 * kDigitRows * kPart);
+  float* sums = take(size_t{2} * kDigitRows * width);
+  float* partial = take(rows->stride);
+  Scales scales;
+  memset(zeros, 0, depth + 64);
+  const auto rows_from = [&](uint32_t row) { return rows->count - row < kDigitRows ? rows->count - row : kDigitRows; };
+  const float scale = 1.0f / sqrtf(static_cast<float>(d));
+  for (uint32_t row = 0; row < rows->count; ++row) {
+    const uint32_t block = row / kDigitRows * kDigitRows;
+    int8_t* high = queries + (size_t{2} * block + row - block) * depth;
+    const float* query = rows->query(row).projected + size_t{rows->head(row)} * d;
+    factors[row] = query_digits(query, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
+  }
+  uint32_t shaped = 0;
+  over_parts<int8_t>(job, zeros, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>&) {
+    take_key_codes(part, pad64(part.seen.end), d, keys, scales.keys);
+    take_value_codes(part, pad64(part.seen.end), d, width, values, scales.values);
+    for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
+      const uint32_t size = rows_from(row);
+      Seen seen[kDigitRows];
+      uint32_t count = 0;
+      for (uint32_t r = 0; r < size; ++r) {
+        seen[r] = seen_by(job->model, rows->query(row + r).position, start);
+        if (seen[r].begin < seen[r].end && seen[r].end > count) count = seen[r].end;
+      }
+      if (count == 0) continue;
+      count = pad64(count);
+      if (size != shaped) shape_tiles(2 * size);
+      shaped = size;
+      product(queries + size_t{2} * row * depth, depth, keys, kPart, scores, kPart, 2 * size, count, depth);
+      float factor[kDigitRows], most[kDigitRows], total[kDigitRows];
+      for (uint32_t r = 0; r < size; ++r) {
+        factor[r] = soften_digits(job->model, scores + r * kPart, scores + (size + r) * kPart, scales, seen[r], count,
+                                  factors[row + r], weights + r * kPart, weights + (size + r) * kPart, partial);
+        most[r] = partial[0];
+        total[r] = partial[1];
+      }
+      product(weights, kPart, values, width, sums, width, 2 * size, width, count);
+      for (uint32_t r = 0; r < size; ++r) {
+        if (seen[r].begin >= seen[r].end) continue;
+        partial[0] = most[r];
+        partial[1] = total[r];
+        for (uint32_t i = 0; i < width; i += W)
+          store(partial + kPartialValues + i,
+                load_sums(sums + r * width + i, sums + (size + r) * width + i) * factor[r]);
+        combine(rows->at(row + r), partial, rows->stride);
+      }
+    }
+  });
+  drop_tiles();
+}
+
+}  // namespace

@@ -123,6 +123,9 @@ class ExecutorSettings(DevicePoolSettings):
         None, description="forces an instruction set"
     )
     step_trace: Path | None = Field(None, description="file that gets one line of JSON a step, for benchmarks")
+    executor_listen: str | None = Field(
+        None, description="HOST:PORT where frontends elsewhere reach it; default: only the socket in the state folder"
+    )
 
 
 class FrontendSettings(ComponentSettings):

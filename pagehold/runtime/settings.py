@@ -154,13 +154,29 @@ class FrontendSettings(ComponentSettings):
         return self.drain_delay + max(self.drain_grace, self.handover_seconds)
 
 
-class RunExecutorSettings(ExecutorSettings):
+class SupervisorSettings(ComponentSettings):
+    """What watches over components."""
+
+    metrics_listen: str | None = Field(
+        None, description="HOST:PORT for /metrics, in Prometheus' format, and /ready, over HTTP; default: none"
+    )
+
+
+class RunKvManagerSettings(KvManagerSettings, SupervisorSettings):
+    """A manager under a supervisor of its own."""
+
+
+class RunFrontendSettings(FrontendSettings, SupervisorSettings):
+    """A frontend under a supervisor of its own."""
+
+
+class RunExecutorSettings(ExecutorSettings, SupervisorSettings):
     """An executor under a supervisor of its own."""
 
     standby: bool = Field(False, description="keep a second executor loaded, which takes over at once")
 
 
-class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings):
+class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings, SupervisorSettings):
     """All three components under one supervisor. `--executor` is for frontends on their own."""
 
     standby: bool = Field(False, description="keep a second executor loaded, which takes over at once")

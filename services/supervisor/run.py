@@ -7,7 +7,7 @@ import sys
 
 from kvmanager.vacant import discard
 from pagehold.runtime import logs
-from pagehold.runtime.settings import ComponentSettings, FrontendSettings, KvManagerSettings, RunExecutorSettings
+from pagehold.runtime.settings import FrontendSettings, KvManagerSettings, RunExecutorSettings, SupervisorSettings
 from pagehold.runtime.statedir import StateDir, StateDirError, frontend_name
 from services.supervisor.child import EXIT_CONFIG
 from services.supervisor.fleet import Fleet
@@ -15,7 +15,7 @@ from services.supervisor.port import PortBusy, SharedPort
 from services.supervisor.supervisor import Supervisor
 
 
-def main(component: str, settings: ComponentSettings) -> int:
+def main(component: str, settings: SupervisorSettings) -> int:
     """Runs until SIGTERM or SIGINT. Returns the exit code."""
     logs.configure("supervisor", settings.log_level)
     name, port = component, SharedPort([])
@@ -31,4 +31,4 @@ def main(component: str, settings: ComponentSettings) -> int:
     standby = isinstance(settings, RunExecutorSettings) and settings.standby
     fleet = Fleet(state, settings, [component], standby=standby, shares_port=port.is_shared)
     supervisor = Supervisor(fleet, f"{component} is ready")
-    return asyncio.run(supervisor.run(state.own_supervisor_socket(name)))
+    return asyncio.run(supervisor.run(state.own_supervisor_socket(name), settings.metrics_listen))

@@ -43,6 +43,7 @@ def main(settings: UpSettings) -> int:
             state.remove()
         return _refuse(str(error))
     fleet = Fleet(state, settings, COMPONENTS, settings.frontends, settings.standby, port.is_shared)
-    code = asyncio.run(Supervisor(fleet, f"ready at {settings.listen}").run(state.supervisor_socket))
+    supervisor = Supervisor(fleet, f"ready at {settings.listen}")
+    code = asyncio.run(supervisor.run(state.supervisor_socket, settings.metrics_listen))
     state.remove()
     return code

@@ -158,7 +158,7 @@ class SupervisorSettings(ComponentSettings):
     """What watches over components."""
 
     metrics_listen: str | None = Field(
-        None, description="HOST:PORT for /metrics, in Prometheus' format, and /ready, over HTTP; default: none"
+        None, description="HOST:PORT of /metrics, in Prometheus' format, /ready and /live, over HTTP; default: none"
     )
 
 
@@ -167,7 +167,9 @@ class RunKvManagerSettings(KvManagerSettings, SupervisorSettings):
 
 
 class RunFrontendSettings(FrontendSettings, SupervisorSettings):
-    """A frontend under a supervisor of its own."""
+    """Frontends under a supervisor of their own."""
+
+    frontends: int = Field(1, ge=1, le=16, description="frontends that share the port")
 
 
 class RunExecutorSettings(ExecutorSettings, SupervisorSettings):

@@ -36,8 +36,7 @@ def main(settings: UpSettings) -> int:
         return _refuse(str(error))
     try:
         port = SharedPort.take(settings.listen)
-        if settings.frontends > 1 and not port.is_shared:
-            raise PortBusy(f"--frontends {settings.frontends} needs a TCP port to share; choose another --listen")
+        port.check(settings.frontends)
     except PortBusy as error:
         if not state.tables.exists():  # else it was not made by us
             state.remove()

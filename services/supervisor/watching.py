@@ -1,7 +1,8 @@
 """`--metrics-listen`: a supervisor as whoever watches it sees it, over HTTP.
 
 GET /metrics   what the supervisor knows of its children, and what these answer over their sockets
-GET /ready     200 once every component kept here is ready, else 503
+GET /ready     200 while every component kept here is ready, else 503
+GET /live      200: the supervisor itself runs
 
 It answers while a child is dead, hangs or starts: what that child would say is left out then.
 """
@@ -71,8 +72,10 @@ async def _answer(method: bytes, path: bytes, fleet: Fleet) -> Answer:
             if waiting := fleet.not_ready():
                 return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"waiting for {', '.join(waiting)}\n".encode()
             return HTTPStatus.OK, _TEXT, b"ready\n"
+        case b"/live":
+            return HTTPStatus.OK, _TEXT, b"live\n"
         case _:
-            return HTTPStatus.NOT_FOUND, _TEXT, b"/metrics or /ready\n"
+            return HTTPStatus.NOT_FOUND, _TEXT, b"/metrics, /ready or /live\n"
 
 
 async def collect(fleet: Fleet) -> list[Metric]:

@@ -75,6 +75,7 @@ def test_an_executor_that_waits_for_its_manager_is_not_ready(tmp_path: Path) -> 
         while True:
             try:
                 assert get(address, "/ready") == (503, "waiting for executor\n")
+                assert get(address, "/live") == (200, "live\n")
                 break
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline

@@ -179,7 +179,7 @@ async def test_the_command_lines_bring_up_a_stack_that_answers(units: Units) -> 
     for unit in (FRONTEND, EXECUTOR, MANAGER):  # all wait for each other
         units.start(unit)
     assert await_ready(units.address, units.processes[FRONTEND].pid, START_SECONDS)
-    messages = [request(number, tokens=60) for number in range(2)]
+    messages = [request(number, tokens=300) for number in range(2)]
     reference = await undisturbed(units.address, messages)
 
     folder = units.state_dir.with_name("pagehold-frontend-1")

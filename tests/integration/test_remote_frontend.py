@@ -24,7 +24,7 @@ StartStack = Callable[..., Stack]
 async def test_streams_go_through_a_frontend_elsewhere_while_executors_die(
     start_stack: StartStack, tmp_path: Path
 ) -> None:
-    messages = [request(number, tokens=60) for number in range(2)]
+    messages = [request(number, tokens=300) for number in range(2)]
     executor = f"127.0.0.1:{free_port()}"
     stack = start_stack(executor_listen=executor)
     reference = await undisturbed(stack.address, messages)

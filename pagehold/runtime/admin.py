@@ -19,8 +19,7 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
     """Only for whoever may enter the state folder: a server that also listens on a port is asked there in vain."""
 
     async def ArmFailpoints(self, request: admin.ArmFailpointsRequest, context: Any) -> admin.ArmFailpointsResponse:
-        if not context.peer().startswith("unix:"):
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "only over the socket in the state folder")
+        await refuse_strangers(context)
         try:
             failpoint.arm(request.specification)
         except failpoint.FailpointSyntaxError as error:
@@ -29,6 +28,12 @@ class AdminServicer(admin_grpc.AdminServiceServicer):
         return admin.ArmFailpointsResponse(pid=os.getpid())
 
 
-def serve_admin(server: grpc.aio.Server) -> None:
+async def refuse_strangers(context: Any) -> None:
+    """Ends the call of whoever did not come over the socket in the state folder."""
+    if not context.peer().startswith("unix:"):
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "only over the socket in the state folder")
+
+
+def serve_admin(server: grpc.aio.Server, servicer: AdminServicer | None = None) -> None:
     """Adds the service to a server that listens in the state folder."""
-    admin_grpc.add_AdminServiceServicer_to_server(AdminServicer(), server)
+    admin_grpc.add_AdminServiceServicer_to_server(servicer or AdminServicer(), server)

@@ -56,8 +56,20 @@ def client_options(hang_seconds: float = 10.0) -> Options:
     ]
 
 
-def server_options() -> Options:
+def server_options(hang_seconds: float | None = None) -> Options:
+    """hang_seconds: where peers come from other machines, those that say nothing for about that long are gone."""
+    asking: Options = []
+    if hang_seconds is not None:
+        milliseconds = max(int(hang_seconds * 500), _LEAST_PING_MS)
+        asking = [
+            ("grpc.keepalive_time_ms", milliseconds),
+            ("grpc.keepalive_timeout_ms", milliseconds),
+            # Of the ping itself; a minute unless told. The other timeout alone has ended no connection.
+            ("grpc.http2.ping_timeout_ms", milliseconds),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
     return [
+        *asking,
         ("grpc.so_reuseport", 0),
         # Peers ask whether this process still runs, see above; no sign of an attack.
         ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS // 2),

@@ -125,6 +125,9 @@ class ExecutorSettings(DevicePoolSettings):
         None, description="forces an instruction set"
     )
     step_trace: Path | None = Field(None, description="file that gets one line of JSON a step, for benchmarks")
+    executor_listen: str | None = Field(
+        None, description="HOST:PORT where frontends elsewhere reach it; default: only the socket in the state folder"
+    )
 
 
 class FrontendSettings(ComponentSettings):
@@ -153,13 +156,31 @@ class FrontendSettings(ComponentSettings):
         return self.drain_delay + max(self.drain_grace, self.handover_seconds)
 
 
-class RunExecutorSettings(ExecutorSettings):
+class SupervisorSettings(ComponentSettings):
+    """What watches over components."""
+
+    metrics_listen: str | None = Field(
+        None, description="HOST:PORT of /metrics, in Prometheus' format, /ready and /live, over HTTP; default: none"
+    )
+
+
+class RunKvManagerSettings(KvManagerSettings, SupervisorSettings):
+    """A manager under a supervisor of its own."""
+
+
+class RunFrontendSettings(FrontendSettings, SupervisorSettings):
+    """Frontends under a supervisor of their own."""
+
+    frontends: int = Field(1, ge=1, le=16, description="frontends that share the port")
+
+
+class RunExecutorSettings(ExecutorSettings, SupervisorSettings):
     """An executor under a supervisor of its own."""
 
     standby: bool = Field(False, description="keep a second executor loaded, which takes over at once")
 
 
-class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings):
+class UpSettings(KvManagerSettings, ExecutorSettings, FrontendSettings, SupervisorSettings):
     """All three components under one supervisor. `--executor` is for frontends on their own."""
 
     standby: bool = Field(False, description="keep a second executor loaded, which takes over at once")

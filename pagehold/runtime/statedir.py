@@ -86,9 +86,9 @@ class StateDir:
         """Of a supervisor that keeps component `name` alone."""
         return self.root / f"supervisor-{name}.sock"
 
-    def frontend_socket(self, instance: int) -> Path:
-        """Of the frontend of this number, for operators."""
-        return self.root / f"{frontend_name(instance)}.sock"
+    def socket_of(self, name: str) -> Path:
+        """Of the frontend of this name, for operators."""
+        return self.root / f"{name}.sock"
 
     @property
     def leash_socket(self) -> Path:

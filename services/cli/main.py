@@ -27,8 +27,11 @@ from pagehold.runtime.settings import (
     PrefixUnpinSettings,
     RestartSettings,
     RunExecutorSettings,
+    RunFrontendSettings,
+    RunKvManagerSettings,
     Settings,
     StatusSettings,
+    SupervisorSettings,
     TortureSettings,
     UpSettings,
 )
@@ -71,10 +74,10 @@ COMMANDS: Final = {
     "frontend": Command("the public gRPC server, in the foreground", FrontendSettings, "services.frontend.main"),
 }
 # What each component is set up with under `run`.
-COMPONENTS: Final[dict[str, type[Settings]]] = {
-    "kvmanager": KvManagerSettings,
+COMPONENTS: Final[dict[str, type[SupervisorSettings]]] = {
+    "kvmanager": RunKvManagerSettings,
     "executor": RunExecutorSettings,
-    "frontend": FrontendSettings,
+    "frontend": RunFrontendSettings,
 }
 
 
@@ -94,7 +97,6 @@ def main() -> int:
 
             descriptors.prepare()
             component = _read(COMPONENTS[name], rest, f"run {name}")
-            assert isinstance(component, ComponentSettings)
             return run.main(name, component)
         case ["run", *rest]:
             print(f"usage: pagehold run {{{','.join(COMPONENTS)}}} [FLAGS OF THE COMPONENT]")

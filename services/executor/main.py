@@ -11,6 +11,7 @@ import gc
 import signal
 import sys
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -51,6 +52,8 @@ EXIT_FAULT: Final = 1  # starting again may help
 EXIT_CONFIG: Final = 78  # EX_CONFIG: starting again will not help
 _PARK_AFTER: Final = 256  # unread tokens of a detached output
 _STOP_SECONDS: Final = 0.2
+_PORT_SECONDS: Final = 2.0  # a lock is free before the last socket of the one that held it is
+_PORT_POLL_SECONDS: Final = 0.02
 
 
 def main(settings: ExecutorSettings) -> int:
@@ -152,7 +155,12 @@ class _Executor:
         )
 
     async def _serve_until_done(self, engine: Engine, progress: Progress, stepping: threading.Thread) -> None:
-        server = await self._serve(engine)
+        try:
+            server = await self._serve(engine)
+        except ConfigurationError as error:
+            self._on_fatal(kv.Error(reason=kv.ERROR_REASON_INVALID, message=str(error)))
+            await self._stop_stepping(stepping)
+            return
         progress.set_state(State.READY)
         log.info("ready", epoch=self._pool.epoch, pages=self._pool.pages - 1, model=self._model.name)
         await self._done.wait()
@@ -276,15 +284,34 @@ class _Executor:
             deterministic=self._backend.runner.deterministic,
             speculation="off" if self._backend.runner.drafts is None else settings.speculation,
         )
-        server = grpc.aio.server(options=server_options())
+        afar = settings.executor_listen
+        server = grpc.aio.server(options=server_options(settings.hang_seconds if afar else None))
         servicer = ExecutorServicer(description, self._pool, engine, self._inbox)
         ex_grpc.add_ExecutorServiceServicer_to_server(servicer, server)
         serve_admin(server)
         # The lock is held, so whoever left a socket here is dead.
         self._state.executor_socket.unlink(missing_ok=True)
         server.add_insecure_port(f"unix:{self._state.executor_socket}")
+        if afar:
+            await _listen(server, afar)
         await server.start()
         return server
+
+
+async def _listen(server: grpc.aio.Server, address: str) -> None:
+    """On a TCP port; that of a predecessor that has just died is waited for. Raises ConfigurationError."""
+    give_up = time.monotonic() + _PORT_SECONDS
+    while True:
+        try:
+            if server.add_insecure_port(address):
+                return
+        except RuntimeError:
+            pass
+        if time.monotonic() > give_up:
+            raise ConfigurationError(
+                f"cannot listen on {address}: in use or not allowed; choose another --executor-listen"
+            )
+        await asyncio.sleep(_PORT_POLL_SECONDS)
 
 
 def _max_model_len(settings: ExecutorSettings, model: PackedModel) -> int:

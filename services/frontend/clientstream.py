@@ -78,6 +78,11 @@ class ClientStream:
         return bool(self._shown) and all(output.finished for output in self._shown)
 
     @property
+    def waits(self) -> bool:
+        """No token of it has come yet."""
+        return not any(output.received for output in self.outputs)
+
+    @property
     def detach_grace(self) -> float:
         """Seconds that the request goes on when the client goes away by itself."""
         asked = self.message.response.detach_grace

@@ -19,6 +19,7 @@ from pagehold.v1 import inference_pb2_grpc as api_grpc
 from services.frontend.clientstream import ClientStream
 from services.frontend.errors import RequestError, unavailable
 from services.frontend.link import LOST_GRACE, TENANT, ExecutorLink
+from services.frontend.tally import Tally
 from services.frontend.validation import (
     ServedModel,
     check_detokenize,
@@ -42,8 +43,9 @@ _THREADS: Final = 2
 class InferenceServicer(api_grpc.InferenceServiceServicer):
     """Stateless: all it holds are open streams."""
 
-    def __init__(self, link: ExecutorLink, max_streams: int, max_stream_buffer: int) -> None:
+    def __init__(self, link: ExecutorLink, max_streams: int, max_stream_buffer: int, tally: Tally) -> None:
         self._link = link
+        self._tally = tally
         self._max_streams = max_streams
         self._max_stream_buffer = max_stream_buffer
         self._calls = 0
@@ -51,7 +53,7 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
         self.draining = False
 
     async def Generate(self, request: api.GenerateRequest, context: Any) -> None:
-        with self._admitted() as model:
+        with self._tally.answer() as answer, self._admitted() as model:
             check_request(request, model)
             prompt = await self._work(request.ByteSize(), lambda: encode_prompt(request, model))
             max_tokens = check_prompt(request, prompt, model)
@@ -70,10 +72,10 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
                 max_tokens=max_tokens,
             )
             failpoint.hit("frontend.submit.before")
-            await self._serve(stream, context)
+            await self._serve(stream, context, answer.first_token)
 
     async def Resume(self, request: api.ResumeRequest, context: Any) -> None:
-        with self._admitted() as model:
+        with self._tally.answer(), self._admitted() as model:
             check_resume(request)
             stream = self._stream(request.request_id, model)
             stream.describe = True
@@ -81,7 +83,7 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
             # Whoever resumes has lost a stream before: losing this one too does not end the request.
             stream.least_grace = LOST_GRACE
             failpoint.hit("frontend.resume.before")
-            await self._serve(stream, context)
+            await self._serve(stream, context, lambda: None)
 
     async def Cancel(self, request: api.CancelRequest, context: Any) -> api.CancelResponse:
         check_id(request.request_id, required=True)
@@ -101,11 +103,15 @@ class InferenceServicer(api_grpc.InferenceServiceServicer):
             text = await self._work(request.ByteSize(), lambda: model.tokenizer.decode(request.ids))
             return api.DetokenizeResponse(text=text)
 
-    async def _serve(self, stream: ClientStream, context: Any) -> None:
+    async def _serve(self, stream: ClientStream, context: Any, on_first_token: Callable[[], None]) -> None:
         self._link.open(stream)
+        has_begun = False
         try:
             while not stream.finished:
                 for response in await stream.drain():
+                    if not has_begun and response.HasField("tokens"):
+                        has_begun = True
+                        on_first_token()
                     failpoint.hit("frontend.write.before")
                     await context.write(response)
                     failpoint.hit("frontend.write.after")

@@ -31,6 +31,7 @@ from services.frontend.errors import ErrorGuard, unavailable
 from services.frontend.inference import InferenceServicer
 from services.frontend.link import ExecutorLink
 from services.frontend.modelinfo import ModelServicer
+from services.frontend.tally import Tally, TallyServicer
 
 log = structlog.get_logger()
 
@@ -86,12 +87,13 @@ class _Frontend:
     def __init__(self, settings: FrontendSettings, state: StateDir, progress: Progress) -> None:
         self._settings = settings
         self._state = state
-        self._socket = state.frontend_socket(settings.instance)
+        self._socket = state.socket_of(frontend_name(settings.instance))
         self._progress = progress
         self._link = ExecutorLink(
             settings.executor or f"unix:{state.executor_socket}", self._changed, settings.hang_seconds
         )
-        self._inference = InferenceServicer(self._link, settings.max_streams, settings.max_stream_buffer)
+        self._tally = Tally()
+        self._inference = InferenceServicer(self._link, settings.max_streams, settings.max_stream_buffer, self._tally)
         self._health = health_aio.HealthServicer()
         self._lost_at = -math.inf  # when the executor was last lost
         self._stops = 0
@@ -160,7 +162,7 @@ class _Frontend:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
         inference_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._link), server)
         add_HealthServicer_to_server(self._health, server)
-        serve_admin(server)
+        serve_admin(server, TallyServicer(self._tally, self._link))
         if self._settings.reflection:
             names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)

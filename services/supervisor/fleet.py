@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
@@ -46,7 +47,8 @@ class Fleet:
         self.children: list[Child] = []
         self.standby = standby
         self.shares_port = shares_port
-        self._state = state
+        self.state = state
+        self._past_deaths: Counter[str] = Counter()
         self._settings = settings
         self._first = settings.instance if isinstance(settings, FrontendSettings) else 1
         self._turn = asyncio.Lock()
@@ -60,6 +62,26 @@ class Fleet:
     def of(self, component: str) -> list[Child]:
         return [child for child in self.children if child.component == component]
 
+    def not_ready(self) -> list[str]:
+        """Names of those that are waited for. A standby is not."""
+        executors = self.of("executor")
+        served = any(child.is_up for child in executors)
+        return [child.name for child in self.children if not child.is_up and not (child in executors and served)]
+
+    def remove(self, child: Child) -> None:
+        """It has been stopped for good."""
+        if child in self.children:
+            self.children.remove(child)
+            self._past_deaths[child.component] += child.deaths
+
+    def deaths(self) -> dict[str, int]:
+        """Of each component that is kept here: processes that ended unasked since the supervisor started."""
+        components = {child.component for child in self.children} | set(self._past_deaths)
+        return {
+            component: self._past_deaths[component] + sum(child.deaths for child in self.of(component))
+            for component in sorted(components)
+        }
+
     def make(self, component: str) -> Child:
         """A new one, which is not among the children yet."""
         if component == "frontend":
@@ -67,9 +89,9 @@ class Fleet:
         if component == "executor":
             names = ("executor", "executor-standby")
             return Child(
-                component, self._flags(component), self._state, names, self._after_the_other, self._has_executor
+                component, self._flags(component), self.state, names, self._after_the_other, self._has_executor
             )
-        return Child(component, self._flags(component), self._state)
+        return Child(component, self._flags(component), self.state)
 
     def _flags(self, component: str) -> list[str]:
         return flags_of(self._settings, COMPONENTS[component])
@@ -82,10 +104,10 @@ class Fleet:
         flags = [*self._flags("frontend"), "--instance", str(instance)]
         if self.shares_port:
             flags.append("--share-port")
-        return Child("frontend", flags, self._state, (name,), is_served=self._has_frontend)
+        return Child("frontend", flags, self.state, (name,), is_served=self._has_frontend)
 
     def _lives(self, name: str) -> bool:
-        view = read_progress(self._state.progress(name))
+        view = read_progress(self.state.progress(name))
         return view is not None and is_alive(view)
 
     def _has_frontend(self) -> bool:
@@ -104,7 +126,7 @@ class Fleet:
                 has_waited = True
                 await asyncio.sleep(_POLL_SECONDS)
                 now = time.monotonic()
-                free_since = None if is_held(self._state.executor_lock) else free_since or now
+                free_since = None if is_held(self.state.executor_lock) else free_since or now
                 if free_since and now - free_since > _TAKE_SECONDS:
                     # No executor, and none that loads: they only wait. A standby that can run has the lock at once.
                     for other in others:

@@ -38,6 +38,11 @@ class SharedPort:
                 raise PortBusy(message) from error
         return cls(held)
 
+    def check(self, frontends: int) -> None:
+        """Raises PortBusy where so many cannot listen."""
+        if frontends > 1 and not self.is_shared:
+            raise PortBusy(f"--frontends {frontends} needs a TCP port to share; choose another --listen")
+
     @property
     def is_shared(self) -> bool:
         """Whether several frontends can listen there."""

@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from services.supervisor.child import Child
+from services.supervisor.child import EXIT_CONFIG, Child
 from services.supervisor.fleet import COMPONENTS, Fleet
 
 log = structlog.get_logger()
@@ -31,12 +31,15 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._code = 0
         self._fault: BaseException | None = None
+        self._watched: asyncio.Server | None = None
 
-    async def run(self, socket: Path) -> int:
+    async def run(self, socket: Path, metrics_listen: str | None = None) -> int:
         """Returns the exit code: 0 after SIGTERM or SIGINT, else that of the child that cannot run.
 
-        socket: where operators ask for a restart.
+        socket: where operators ask for a restart. metrics_listen: HOST:PORT where it is watched.
         """
+        if metrics_listen is not None and not await self._publish(metrics_listen):
+            return EXIT_CONFIG
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
@@ -62,6 +65,19 @@ class Supervisor:
         except OSError as error:
             log.error("no restarts can be asked for", socket=str(socket), reason=error.strerror)
 
+    async def _publish(self, address: str) -> bool:
+        """Before any child starts: whoever watches sees them come."""
+        # Loaded only when it is wanted.
+        from services.supervisor.watching import listen
+
+        try:
+            self._watched = await listen(address, self.fleet)
+        except (OSError, ValueError):
+            message = f"pagehold: cannot listen on {address}: in use or not allowed; choose another --metrics-listen"
+            print(message, file=sys.stderr)
+            return False
+        return True
+
     def start(self, child: Child) -> None:
         """One more."""
         self.fleet.children.append(child)
@@ -74,8 +90,7 @@ class Supervisor:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
             self._keeping.pop(child, None)
-        if child in self.fleet.children:
-            self.fleet.children.remove(child)
+        self.fleet.remove(child)
 
     async def replace(self, child: Child) -> None:
         """Ends its process; the next one is started at once."""
@@ -110,15 +125,9 @@ class Supervisor:
 
     async def _report(self) -> None:
         start = last = time.monotonic()
-        while waiting := self._not_ready():
+        while waiting := self.fleet.not_ready():
             await asyncio.sleep(_POLL_SECONDS)
             if time.monotonic() - last > _REPORT_SECONDS:
                 last = time.monotonic()
                 print(f"pagehold: waiting for {', '.join(waiting)} ({last - start:.0f} s)", file=sys.stderr, flush=True)
         print(f"pagehold: {self._ready_message} after {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-
-    def _not_ready(self) -> list[str]:
-        """A standby is not waited for."""
-        executors = self.fleet.of("executor")
-        served = any(child.is_up for child in executors)
-        return [child.name for child in self.fleet.children if not child.is_up and not (child in executors and served)]

@@ -36,13 +36,13 @@ def main(settings: UpSettings) -> int:
         return _refuse(str(error))
     try:
         port = SharedPort.take(settings.listen)
-        if settings.frontends > 1 and not port.is_shared:
-            raise PortBusy(f"--frontends {settings.frontends} needs a TCP port to share; choose another --listen")
+        port.check(settings.frontends)
     except PortBusy as error:
         if not state.tables.exists():  # else it was not made by us
             state.remove()
         return _refuse(str(error))
     fleet = Fleet(state, settings, COMPONENTS, settings.frontends, settings.standby, port.is_shared)
-    code = asyncio.run(Supervisor(fleet, f"ready at {settings.listen}").run(state.supervisor_socket))
+    supervisor = Supervisor(fleet, f"ready at {settings.listen}")
+    code = asyncio.run(supervisor.run(state.supervisor_socket, settings.metrics_listen))
     state.remove()
     return code

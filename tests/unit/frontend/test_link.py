@@ -21,6 +21,7 @@ from services.frontend.clientstream import ClientStream
 from services.frontend.errors import ErrorGuard
 from services.frontend.inference import InferenceServicer
 from services.frontend.link import ExecutorLink
+from services.frontend.tally import Tally
 from tests.unit.frontend.world import FakeExecutor, described, step
 
 
@@ -31,7 +32,8 @@ class Frontend:
         self.executor = executor
         self.changes = 0
         self.link = ExecutorLink(executor.address, self._changed)
-        self.servicer = InferenceServicer(self.link, max_streams=8, max_stream_buffer=64)
+        self.tally = Tally()
+        self.servicer = InferenceServicer(self.link, max_streams=8, max_stream_buffer=64, tally=self.tally)
         self.stub: Any = None
 
     def _changed(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -52,3 +53,41 @@ async def test_a_socket_is_waited_for(tmp_path: Path) -> None:
 async def test_what_is_no_unix_socket_is_not_waited_for() -> None:
     async with asyncio.timeout(30):
         await channel.listening("127.0.0.1:1")
+
+
+async def test_a_peer_whose_machine_is_gone_is_missed() -> None:
+    """The connection stays open, and nothing comes: as after a power cut."""
+    gone, ended = asyncio.Event(), asyncio.Event()
+
+    class Servicer(health_pb2_grpc.HealthServicer):
+        async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+            try:
+                await context.write(health_pb2.HealthCheckResponse())
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+    server = grpc.aio.server(options=channel.server_options(HANG_SECONDS))
+    health_pb2_grpc.add_HealthServicer_to_server(Servicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(4096):
+            if not gone.is_set():
+                sink.write(data)
+
+    async def join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(relay(reader, there[1]), relay(there[0], writer))
+
+    between = await asyncio.start_server(join, "127.0.0.1", 0)
+    address = f"127.0.0.1:{between.sockets[0].getsockname()[1]}"
+    async with grpc.aio.insecure_channel(address, options=[("grpc.keepalive_time_ms", 1 << 30)]) as way:
+        stream = health_pb2_grpc.HealthStub(way).Watch(health_pb2.HealthCheckRequest())
+        await stream.read()
+        gone.set()
+        async with asyncio.timeout(30):
+            await ended.wait()
+    between.close()
+    await server.stop(0)

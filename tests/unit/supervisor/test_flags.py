@@ -7,6 +7,7 @@ import pytest
 from pagehold.runtime.settings import ExecutorSettings, FrontendSettings, KvManagerSettings, UpSettings
 from services.cli.main import _read
 from services.supervisor.flags import flags_of
+from services.supervisor.fleet import COMPONENTS
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,13 @@ def test_flags_go_where_they_belong_and_read_back_the_same() -> None:
     executor = _read(ExecutorSettings, flags_of(up, ExecutorSettings), "executor")
     assert executor.kv_memory == 2 << 30
     assert executor.prefix_cache is False
+
+
+def test_what_only_the_supervisor_does_is_not_handed_on() -> None:
+    up = _read(UpSettings, ["--metrics-listen", "127.0.0.1:9"], "up")
+    assert up.metrics_listen == "127.0.0.1:9"
+    for kind in COMPONENTS.values():
+        assert flags_of(up, kind) == []
 
 
 def test_a_restarted_component_does_not_discard_again() -> None:

@@ -77,3 +77,10 @@ def test_both_families() -> None:
 @pytest.mark.parametrize("listen", ["unix:/tmp/x.sock", "127.0.0.1:0", "no-such-host.invalid:7", "nonsense", "x:http"])
 def test_what_is_no_port_is_left_to_the_frontend(listen: str) -> None:
     assert not SharedPort.take(listen).is_shared
+
+
+def test_several_frontends_need_a_port_to_share() -> None:
+    alone = SharedPort([])
+    alone.check(1)
+    with pytest.raises(PortBusy, match="--frontends 2 needs a TCP port"):
+        alone.check(2)

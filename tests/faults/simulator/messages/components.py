@@ -31,6 +31,7 @@ from services.executor.shared import SharedPool
 from services.frontend.errors import ErrorGuard
 from services.frontend.inference import InferenceServicer
 from services.frontend.link import ExecutorLink
+from services.frontend.tally import Tally
 from tests.faults.simulator.faults import Killed
 from tests.faults.simulator.invariants import Pool
 from tests.faults.simulator.messages.calls import Server
@@ -245,6 +246,6 @@ def start_frontend(network: Network, process: Process) -> None:
     """Open streams are all that it holds."""
     link = ExecutorLink(EXECUTOR_ADDRESS, lambda: None)
     server = Server(network, process, FRONTEND_ADDRESS, (ErrorGuard(),))
-    api_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(link, 64, 4096), server)
+    api_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(link, 64, 4096, Tally()), server)
     server.start()
     process.serve(link.run())

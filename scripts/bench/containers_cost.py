@@ -64,6 +64,27 @@ def _measure(deployment: Deployment, rounds: int) -> None:
             f"| {statistics.median(back[service]):.1f} s |"
         )
     print(f"\nMedians of {rounds}; the base has {base / _MEGABYTE:.0f} MB.")
+    deployment("down")
+    print(_waiting(deployment))
+
+
+def _waiting(deployment: Deployment) -> str:
+    """What those take that wait for others, and how often the engine starts one that cannot run."""
+    waiting = ("executor", "frontend")
+    deployment("up", "--detach", "--no-build", "--no-deps", *waiting)
+    time.sleep(_IDLE_SECONDS)
+    before = {service: _processor_seconds(deployment, service) for service in waiting}
+    time.sleep(_IDLE_SECONDS)
+    shares = [(_processor_seconds(deployment, one) - before[one]) / _IDLE_SECONDS for one in waiting]
+    deployment("down")
+    missing = {"PAGEHOLD_MODEL": "/models/none.gguf"}
+    deployment("up", "--detach", "--no-build", "--no-deps", "executor", **missing)
+    time.sleep(2 * _IDLE_SECONDS)
+    starts = int(inspect(deployment.container("executor"))["RestartCount"])
+    return (
+        f"An executor without a manager takes {100 * shares[0]:.1f} % of a processor, a frontend without an executor "
+        f"{100 * shares[1]:.1f} %; one whose model is missing is started again {starts} times in the first minute."
+    )
 
 
 def _seconds(action: Callable[[], object]) -> float:

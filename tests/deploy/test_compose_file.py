@@ -111,9 +111,9 @@ def test_both_ends_of_a_pool_see_one_gpu() -> None:
 def test_images_are_targets() -> None:
     targets = set(re.findall(r"(?m)^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text()))
     for name, service in ours():
-        built = service.get("build", {}).get("target")
+        # Each can be built: an image that is shared is not looked for in a registry by who does not build it.
         image = service["image"].rpartition("/")[2].partition(":")[0]
-        assert image in targets and built in (None, image), name
+        assert image in targets and service["build"]["target"] == image, name
 
 
 def test_what_is_mounted_is_there() -> None:

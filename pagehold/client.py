@@ -11,6 +11,7 @@ several frontends behind one name), until `resume_seconds` pass without one that
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -26,6 +27,7 @@ DEFAULT_ADDRESS: Final = "127.0.0.1:50051"
 DETACH_GRACE_SECONDS: Final = 30
 _RETRY_SECONDS: Final = 0.05
 _MOST_MESSAGE_BYTES: Final = 64 << 20
+_SEVERAL: Final = re.compile(r"dns:|ipv[46]:.*,")
 _SAMPLING: Final = frozenset(api.Sampling.DESCRIPTOR.fields_by_name)
 _STOPPING: Final = frozenset(api.Stopping.DESCRIPTOR.fields_by_name)
 
@@ -74,7 +76,9 @@ def _set(target: Any, name: str, value: Any) -> None:
 
 
 class Client:
-    """One channel to a frontend, or to several behind one name. Use it from one event loop."""
+    """One channel to a frontend, or to several: `dns:///NAME:PORT`, `ipv4:HOST:PORT,HOST:PORT`, whose addresses take
+    calls in turn. Use it from one event loop.
+    """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, resume_seconds: float = 30.0) -> None:
         """resume_seconds: how long a broken stream looks for a frontend before it gives up."""
@@ -87,6 +91,7 @@ class Client:
                 ("grpc.min_reconnect_backoff_ms", 5000),
                 ("grpc.max_reconnect_backoff_ms", 500),
                 ("grpc.max_receive_message_length", _MOST_MESSAGE_BYTES),
+                *([("grpc.lb_policy_name", "round_robin")] if _SEVERAL.match(address) else []),
             ],
         )
         self._inference = api_grpc.InferenceServiceStub(self._channel)

@@ -49,7 +49,9 @@ def _compile_library(root: Path) -> None:
         sys.exit("pagehold: a C++17 compiler is needed: install g++ 9 or newer (such as apt install g++) or clang++")
     build = root / "build" / "cpu"
     source = root / "kernels" / "cpu"
-    _run("cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release")
+    # A compiler's package does not bring make; the build's own requirements have Ninja, this time in this place.
+    ninja = () if shutil.which("make") else ("-GNinja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}")
+    _run("cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *ninja)
     _run("cmake", "--build", str(build), "--parallel")
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+import time
 from typing import Final
+
+import structlog
+
+log = structlog.get_logger()
 
 Options = list[tuple[str, int]]
 
 # tokenizer.json travels in Describe and can be tens of megabytes; prompts stay far below.
 INTERNAL_MESSAGE_BYTES: Final = 64 << 20
 _LOOK_SECONDS: Final = 0.01
+_SILENT_SECONDS: Final = 3.0  # until it is said that nobody listens
 _LEAST_PING_MS: Final = 100
 
 
@@ -21,7 +28,11 @@ async def listening(address: str) -> None:
     peer at the first one.
     """
     path = address.removeprefix("unix:")
+    tell_at = time.monotonic() + _SILENT_SECONDS
     while path != address and not _accepts(path):
+        if time.monotonic() > tell_at:
+            tell_at = math.inf
+            log.warning("nobody listens there; waiting. Does it run, and have the same state folder?", socket=path)
         await asyncio.sleep(_LOOK_SECONDS)
 
 

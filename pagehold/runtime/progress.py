@@ -1,6 +1,6 @@
 """`<component>.progress`: what a supervisor and `pagehold status` watch, without asking anybody.
 
-Eight u64 words, written by the component alone; each changes by one aligned store.
+Nine u64 words, written by the component alone; each changes by one aligned store.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Final
 
 import numpy as np
 
-_WORDS: Final = 8
-_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED, _FINDINGS, _ALIVE = range(_WORDS)
+_WORDS: Final = 9
+_PID, _STATE, _TURN, _DEADLINE, _STARTED, _COMMITTED, _FINDINGS, _ALIVE, _NAMESPACE = range(_WORDS)
+_LEAST_WORDS: Final = 8  # of a release that did not say in which namespace its pid counts
 
 
 class State(IntEnum):
@@ -42,6 +43,7 @@ class ProgressView:
     committed: int  # tokens committed in this life; only the executor counts
     findings: int = 0  # of checks that the component makes of itself; only the manager does
     alive_until_ns: int = 0  # CLOCK_MONOTONIC, of the next heartbeat; 0: it has none
+    pid_namespace: int = 0  # in which the pid counts, an inode; 0: the reader's own
 
     @property
     def missed_ns(self) -> int:
@@ -72,6 +74,7 @@ class Progress:
         self._words[_FINDINGS] = 0
         self._words[_ALIVE] = 0
         self._words[_STARTED] = time.monotonic_ns()
+        self._words[_NAMESPACE] = pid_namespace()
         self._words[_PID] = os.getpid()
         self._words[_STATE] = int(State.STARTING)
 
@@ -109,9 +112,17 @@ def read_progress(path: Path) -> ProgressView | None:
         words = np.fromfile(path, np.uint64, _WORDS)
     except OSError:
         return None
-    if len(words) < _WORDS:
+    if len(words) < _LEAST_WORDS:
         return None
-    pid, state, turn, deadline, started, committed, findings, alive = (int(word) for word in words)
+    pid, state, turn, deadline, started, committed, findings, alive, *namespace = (int(word) for word in words)
     if state >= len(State):
         return None
-    return ProgressView(pid, State(state), turn, deadline, started, committed, findings, alive)
+    return ProgressView(pid, State(state), turn, deadline, started, committed, findings, alive, *namespace)
+
+
+def pid_namespace() -> int:
+    """Of this process: containers that share a state folder have pids of their own."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0

@@ -210,6 +210,12 @@ class StatusSettings(StateDirSettings):
     json_: bool = Field(False, validation_alias="json", description="print JSON")
 
 
+class HealthSettings(StateDirSettings):
+    """Whether a component of this machine or container does its work, for health checks."""
+
+    component: CliPositionalArg[Literal["frontend", "kvmanager", "executor"]] = Field(description="which")
+
+
 class RestartSettings(StateDirSettings):
     """Replaces a component while streams go on."""
 

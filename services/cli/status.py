@@ -22,7 +22,8 @@ from kvmanager.layout import (
     words_key,
 )
 from pagehold.kv.v1 import kv_manager_pb2 as kv
-from pagehold.runtime.process import is_alive
+from pagehold.runtime.lock import is_held
+from pagehold.runtime.process import is_alive, is_elsewhere
 from pagehold.runtime.progress import State, read_progress
 from pagehold.runtime.settings import StatusSettings
 from pagehold.runtime.statedir import StateDir
@@ -64,7 +65,8 @@ def _components(state: StateDir, tables: Tables | None) -> dict[str, dict[str, A
 
 def _component(state: StateDir, name: str, tables: Tables | None) -> dict[str, Any]:
     view = read_progress(state.progress(name))
-    if view is None or not is_alive(view):
+    lock = {"kvmanager": state.manager_lock, "executor": state.executor_lock}.get(name)
+    if view is None or not is_alive(view) or (lock is not None and is_elsewhere(view) and not is_held(lock)):
         return {"pid": None, "state": State.DOWN.label}
     found: dict[str, Any] = {
         "pid": view.pid,

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from pagehold.runtime import failpoint, logs
 from pagehold.runtime.admin import serve_admin
-from pagehold.runtime.process import is_alive
+from pagehold.runtime.process import is_alive, is_elsewhere
 from pagehold.runtime.progress import Progress, State, read_progress
 from pagehold.runtime.settings import FrontendSettings
 from pagehold.runtime.statedir import StateDir, StateDirError, frontend_name
@@ -70,9 +70,11 @@ def main(settings: FrontendSettings) -> int:
 def _is_free(path: Path) -> bool:
     """Whether no frontend writes this progress; one that is about to be gone is waited for."""
     give_up = time.monotonic() + _GONE_SECONDS
+    first = read_progress(path)
     while (view := read_progress(path)) is not None and view.state is not State.DOWN and is_alive(view):
         if time.monotonic() > give_up:
-            return False
+            # The container before this one may have been killed: its turns do not go on.
+            return is_elsewhere(view) and view == first
         time.sleep(_POLL_SECONDS)
     return True
 

@@ -18,6 +18,7 @@ from typing import Final
 
 import structlog
 
+from pagehold.runtime.process import is_elsewhere
 from pagehold.runtime.progress import ProgressView, State, read_progress
 from pagehold.runtime.statedir import StateDir
 from services.supervisor import priority
@@ -94,7 +95,9 @@ class Child:
         """The progress file that the present process writes."""
         for name in self._names:
             view = read_progress(self._state.progress(name))
-            if view is not None and view.pid == self.pid and view.started_ns >= self._started_ns:
+            if view is None or is_elsewhere(view):
+                continue
+            if view.pid == self.pid and view.started_ns >= self._started_ns:
                 return name, view
         return None
 

@@ -17,7 +17,8 @@ from services.supervisor.fleet import COMPONENTS, Fleet
 log = structlog.get_logger()
 
 _POLL_SECONDS: Final = 0.02
-_REPORT_SECONDS: Final = 3.0  # how often it says what it still waits for
+_REPORT_SECONDS: Final = 3.0  # until it says what it still waits for; each time twice as long
+_LONGEST_REPORT_SECONDS: Final = 60.0
 
 
 class Supervisor:
@@ -125,9 +126,10 @@ class Supervisor:
 
     async def _report(self) -> None:
         start = last = time.monotonic()
+        seconds = _REPORT_SECONDS
         while waiting := self.fleet.not_ready():
             await asyncio.sleep(_POLL_SECONDS)
-            if time.monotonic() - last > _REPORT_SECONDS:
-                last = time.monotonic()
+            if time.monotonic() - last > seconds:
+                last, seconds = time.monotonic(), min(2 * seconds, _LONGEST_REPORT_SECONDS)
                 print(f"pagehold: waiting for {', '.join(waiting)} ({last - start:.0f} s)", file=sys.stderr, flush=True)
         print(f"pagehold: {self._ready_message} after {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)

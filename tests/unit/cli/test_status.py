@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from kvmanager.device.memory import uuid_name
 from kvmanager.layout import PoolKind
 from kvmanager.service import Manager
@@ -57,3 +59,19 @@ def test_findings_between_calls_are_shown(pagehold: Command, state: StateDir, ma
     assert "integrity: 3 findings; run pagehold fsck" in pagehold.out
     assert pagehold("status", "--json", "--state-dir", state.root) == 0
     assert json.loads(pagehold.out)["components"]["kvmanager"]["integrity_findings"] == 3
+
+
+def test_another_containers_executor_runs_as_long_as_it_holds_its_lock(
+    pagehold: Command, state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = Progress(state.progress("executor"))
+    progress.set_state(State.READY)
+    progress.beat(60)  # whose end is a long way off, but not the process's
+    monkeypatch.setattr("pagehold.runtime.process.pid_namespace", lambda: 1)
+    lock = FileLock(state.executor_lock)
+    lock.acquire()
+    assert pagehold("status", "--json", "--state-dir", state.root) == 0
+    assert json.loads(pagehold.out)["components"]["executor"]["state"] == "ready"
+    lock.release()
+    assert pagehold("status", "--json", "--state-dir", state.root) == 0
+    assert json.loads(pagehold.out)["components"]["executor"]["state"] == "down"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
@@ -91,3 +93,12 @@ async def test_a_peer_whose_machine_is_gone_is_missed() -> None:
             await ended.wait()
     between.close()
     await server.stop(0)
+
+
+async def test_it_is_said_once_that_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_SILENT_SECONDS", 0.02)
+    waiting = asyncio.create_task(channel.listening(f"unix:{tmp_path}/socket"))
+    with structlog.testing.capture_logs() as logs:
+        await asyncio.sleep(0.3)
+    waiting.cancel()
+    assert [(line["event"][:21], line["socket"]) for line in logs] == [("nobody listens there;", f"{tmp_path}/socket")]

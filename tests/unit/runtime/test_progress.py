@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pagehold.runtime.progress import Progress, State, read_progress
+from pagehold.runtime.process import is_alive, is_elsewhere
+from pagehold.runtime.progress import Progress, State, pid_namespace, read_progress
 
 
 def test_a_life(tmp_path: Path) -> None:
@@ -57,3 +59,29 @@ def test_a_damaged_file_says_nothing(tmp_path: Path, words: list[int]) -> None:
     path = tmp_path / "executor.progress"
     np.array(words, np.uint64).tofile(path)
     assert read_progress(path) is None
+
+
+def test_a_release_without_namespaces_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "executor.progress"
+    Progress(path)
+    with path.open("r+b") as file:
+        file.truncate(8 * 8)
+    view = read_progress(path)
+    assert view is not None and view.pid == os.getpid() and is_alive(view) and not is_elsewhere(view)
+
+
+def test_another_containers_process_lives_as_long_as_it_keeps_its_deadlines(tmp_path: Path) -> None:
+    path = tmp_path / "executor.progress"
+    progress = Progress(path)
+    own = read_progress(path)
+    assert own is not None and own.pid_namespace == pid_namespace() and is_alive(own)
+    # Its pid may be anybody's here, and is nobody's in this case.
+    progress.begin_turn(60)
+    view = read_progress(path)
+    assert view is not None
+    elsewhere = replace(view, pid=1 << 30, pid_namespace=view.pid_namespace + 1)
+    assert is_elsewhere(elsewhere) and is_alive(elsewhere)
+    assert not is_alive(replace(elsewhere, state=State.DOWN))
+    assert not is_alive(replace(elsewhere, deadline_ns=1))
+    # This pid is somebody's here, but not that process's.
+    assert not is_alive(replace(elsewhere, pid=os.getpid(), deadline_ns=1))

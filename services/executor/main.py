@@ -156,7 +156,7 @@ class _Executor:
 
     async def _serve_until_done(self, engine: Engine, progress: Progress, stepping: threading.Thread) -> None:
         try:
-            server = await self._serve(engine)
+            server, servicer = await self._serve(engine)
         except ConfigurationError as error:
             self._on_fatal(kv.Error(reason=kv.ERROR_REASON_INVALID, message=str(error)))
             await self._stop_stepping(stepping)
@@ -166,6 +166,7 @@ class _Executor:
         await self._done.wait()
         progress.set_state(State.DRAINING)
         await self._stop_stepping(stepping)
+        servicer.close()
         await server.stop(_STOP_SECONDS)
 
     async def _stop_stepping(self, stepping: threading.Thread) -> None:
@@ -272,7 +273,7 @@ class _Executor:
         self._failed = True
         self._done.set()
 
-    async def _serve(self, engine: Engine) -> grpc.aio.Server:
+    async def _serve(self, engine: Engine) -> tuple[grpc.aio.Server, ExecutorServicer]:
         settings = self._settings
         description = Description(
             model=self._model,
@@ -295,7 +296,7 @@ class _Executor:
         if afar:
             await _listen(server, afar)
         await server.start()
-        return server
+        return server, servicer
 
 
 async def _listen(server: grpc.aio.Server, address: str) -> None:

@@ -43,6 +43,11 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
         self._pool = pool
         self._engine = engine
         self._inbox = inbox
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """Ends all streams. Those that the server has to cancel end with a traceback in the log."""
+        self._closing.set()
 
     async def Describe(
         self, request: ex.DescribeRequest, context: grpc.aio.ServicerContext[ex.DescribeRequest, ex.DescribeResponse]
@@ -97,15 +102,16 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
         self._inbox.put(Connected(connection))
         reader = asyncio.create_task(self._read(connection, request_iterator))
         writer = asyncio.create_task(self._write(connection, context))
+        closing = asyncio.create_task(self._closing.wait())
         try:
             # A side that fails takes the other with it: a stream that only listens would look alive for ever.
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reader, writer, closing), return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 log.warning("a frontend's stream failed", exc_info=writer.exception())
         finally:
-            reader.cancel()
-            writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            for task in (reader, writer, closing):
+                task.cancel()
+            await asyncio.gather(reader, writer, closing, return_exceptions=True)
             self._inbox.put(Disconnected(connection))
 
     async def _read(self, connection: Connection, requests: AsyncIterator[ex.ConnectRequest]) -> None:

@@ -106,3 +106,15 @@ async def test_a_frontend_two_versions_behind_is_told_what_to_do(served: Served)
             await stub.Describe(ex.DescribeRequest(protocol=PROTOCOL + 2))
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "upgrade the executor" in (refused.value.details() or "")
+
+
+async def test_an_executor_that_stops_ends_its_streams_itself(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        stream = ex_grpc.ExecutorServiceStub(channel).Connect()
+        await stream.write(ex.ConnectRequest(detach=ex.Detach(stream_id=1)))
+        await served.until(lambda: len(served.events) == 2)
+        served.servicer.close()
+        assert await asyncio.wait_for(stream.read(), 5) is grpc.aio.EOF
+        await served.until(lambda: is_over(served))
+        await served.server.stop(0)
+    assert not caplog.records

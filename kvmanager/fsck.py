@@ -13,7 +13,8 @@ from kvmanager import pool as pools
 from kvmanager.core import ManagerCore
 from kvmanager.findings import Finding, FindingKind
 from kvmanager.integrity import check_steps
-from kvmanager.layout import PoolKind, RowState, Tables, words_key
+from kvmanager.keys import words_key
+from kvmanager.layout import PoolKind, RowState, Tables
 from kvmanager.recordcheck import check_files, check_records
 from kvmanager.records import Records
 from kvmanager.stored import check_tables

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmanager.layout import Tables, pin_key, pin_words, words_pin
+from kvmanager.keys import pin_key, pin_words, words_pin
+from kvmanager.layout import Tables
 from kvmanager.memory import Memory
 from kvmanager.pages import Ids, Pages
 from kvmanager.rows import Row, Rows

@@ -10,7 +10,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvmanager.findings import Finding, FindingKind
-from kvmanager.layout import RequestLog, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import RequestLog
 from kvmanager.prefix import root_hash
 from kvmanager.records import Records
 from kvmanager.source import Source

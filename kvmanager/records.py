@@ -17,7 +17,8 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from kvmanager.errors import Refusal, Refused
-from kvmanager.layout import RequestLog, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import RequestLog
 from kvmanager.pins import Pin
 from kvmanager.prefix import Hash, root_hash
 from kvmanager.source import Source

@@ -14,18 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from kvmanager.layout import (
-    LOW32,
-    MOST_PINS,
-    RowState,
-    Tables,
-    generation_of,
-    index_of,
-    key_words,
-    row_word,
-    state_of,
-    words_key,
-)
+from kvmanager.keys import key_words, words_key
+from kvmanager.layout import LOW32, MOST_PINS, RowState, Tables, generation_of, index_of, row_word, state_of
 from kvmanager.memory import Memory
 from kvmanager.pages import Ids
 

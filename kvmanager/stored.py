@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from kvmanager.findings import Finding, FindingKind
-from kvmanager.layout import LOW32, NO_PAGE, OutputLog, PageState, RowState, Tables, pin_key, words_pin
+from kvmanager.keys import pin_key, words_pin
+from kvmanager.layout import LOW32, NO_PAGE, OutputLog, PageState, RowState, Tables
 from kvmanager.prefix import Hash, page_hash
 from kvmanager.rows import Row
 from kvmanager.source import Source

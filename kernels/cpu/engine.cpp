@@ -4,7 +4,6 @@
 // smaller than a thread's share, so that a thread that loses its processor delays one piece.
 
 #include <immintrin.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -14,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "buffer.h"
 #include "crew.h"
 #include "isa.h"
 #include "matrix.h"
@@ -23,29 +23,6 @@
 #include "threads.h"
 
 namespace {
-
-// Page-aligned memory that only grows; zeroed when it does, so that padding is zero.
-class Buffer {
- public:
-  ~Buffer() { free(data_); }
-  template <class T>
-  T* get(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
-      free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      if (posix_memalign(&data_, 64, bytes) != 0) throw std::bad_alloc();
-      memset(data_, 0, bytes);
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from kvmanager.answers import ensure_rows
 from kvmanager.core import Granted, ManagerCore
-from kvmanager.layout import RequestLog, Tables, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import RequestLog, Tables
 from kvmanager.prefix import root_hash
 from kvmanager.source import Source
 from pagehold.kv.v1 import kv_manager_pb2 as kv

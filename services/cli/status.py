@@ -9,18 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from kvmanager.geometry import read_shape
-from kvmanager.layout import (
-    HEADER_WORDS,
-    LOW32,
-    NO_PAGE,
-    U64,
-    Header,
-    RequestLog,
-    RowState,
-    Tables,
-    index_of,
-    words_key,
-)
+from kvmanager.keys import words_key
+from kvmanager.layout import HEADER_WORDS, LOW32, NO_PAGE, U64, Header, RequestLog, RowState, Tables, index_of
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.lock import is_held
 from pagehold.runtime.process import is_alive, is_elsewhere

@@ -18,7 +18,8 @@ from typing import Final
 import structlog
 from google.protobuf.message import DecodeError
 
-from kvmanager.layout import Reason, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import Reason
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvmanager.geometry import read_geometry, read_shape
+from kvmanager.keys import words_key
 from kvmanager.layout import (
     F32,
     HEADER_WORDS,
@@ -24,7 +25,6 @@ from kvmanager.layout import (
     page_of,
     state_of,
     usable_computed,
-    words_key,
 )
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.mapping import map_shared

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from kvmanager.fsck import check_folder
-from kvmanager.layout import request_key
+from kvmanager.keys import request_key
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.statedir import StateDir
 from tests.faults.batches import PAGE_SIZE, TENANT, Operation

@@ -12,7 +12,8 @@ from typing import Final
 
 import grpc
 
-from kvmanager.layout import PageState, Tables, generation_of, request_key, state_of
+from kvmanager.keys import request_key
+from kvmanager.layout import PageState, Tables, generation_of, state_of
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.kv.v1 import kv_manager_pb2_grpc as kv_grpc
 from pagehold.runtime.lock import FileLock

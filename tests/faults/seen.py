@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmanager.layout import HEADER_WORDS, Header, RowState, Tables, generation_of, index_of, state_of, words_key
+from kvmanager.keys import words_key
+from kvmanager.layout import HEADER_WORDS, Header, RowState, Tables, generation_of, index_of, state_of
 from pagehold.runtime.statedir import StateDir
 
 Name = tuple[str, int]  # a request's key and an output's index

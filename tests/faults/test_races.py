@@ -16,7 +16,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from kvmanager.layout import Header, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import Header
 from pagehold.runtime.lock import read_id
 from pagehold.runtime.statedir import StateDir
 from pagehold.v1 import inference_pb2 as api

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvmanager.layout import HEADER_WORDS, Header, RequestLog, RowState, Tables, index_of, words_key
+from kvmanager.keys import words_key
+from kvmanager.layout import HEADER_WORDS, Header, RequestLog, RowState, Tables, index_of
 from pagehold.v1 import inference_pb2 as api
 from tests.conftest import Stack
 from tests.faults.streams import generate

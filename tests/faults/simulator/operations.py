@@ -14,7 +14,8 @@ import numpy as np
 
 from kvmanager.core import Granted, ManagerCore
 from kvmanager.errors import Refusal, Refused
-from kvmanager.layout import OutputLog, RequestLog, Tables, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import OutputLog, RequestLog, Tables
 from kvmanager.pins import Pin
 from kvmanager.prefix import root_hash
 from kvmanager.source import Source

@@ -13,7 +13,8 @@ from kvmanager import core as core_module
 from kvmanager.allocation import Allocator, Wants
 from kvmanager.core import Granted, ManagerCore
 from kvmanager.forks import Fork
-from kvmanager.layout import U32, U64, Header, PageState, RowState, Tables, entry, key_words, page_word, row_word
+from kvmanager.keys import key_words
+from kvmanager.layout import U32, U64, Header, PageState, RowState, Tables, entry, page_word, row_word
 from kvmanager.matching import PageCopy, match_pages
 from kvmanager.memory import Memory
 from kvmanager.pages import Ids, Pages

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmanager.layout import request_key
+from kvmanager.keys import request_key
 from kvmanager.renewal import renew
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv

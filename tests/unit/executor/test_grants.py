@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmanager.layout import RowState, request_key, row_word
+from kvmanager.keys import request_key
+from kvmanager.layout import RowState, row_word
 from pagehold.executor.v1 import executor_pb2 as ex
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime import failpoint

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmanager.layout import Reason, RequestLog, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import Reason, RequestLog
 from pagehold.executor.v1 import executor_pb2 as ex
 from services.executor.requests import LOST_FRONTEND_GRACE
 from tests.unit.executor.checking_runner import expected

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kvmanager.core import Granted, ManagerCore
-from kvmanager.layout import OutputLog, RequestLog, Tables, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import OutputLog, RequestLog, Tables
 from kvmanager.pins import Pin
 from kvmanager.prefix import root_hash
 from kvmanager.source import Source

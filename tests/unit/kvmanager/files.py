@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvmanager.layout import OutputLog, RequestLog, request_key
+from kvmanager.keys import request_key
+from kvmanager.layout import OutputLog, RequestLog
 from kvmanager.service import Manager
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.lock import FileLock

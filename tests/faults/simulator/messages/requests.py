@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from statistics import fmean
 
-from kvmanager.layout import request_key
+from kvmanager.keys import request_key
 from kvmanager.prefix import root_hash
 from pagehold.v1 import inference_pb2 as api
 from tests.faults.simulator.model import OutputTruth, Shape, Truth

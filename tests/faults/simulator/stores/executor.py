@@ -12,16 +12,8 @@ from functools import partial
 
 from kvmanager.core import Granted
 from kvmanager.errors import Refusal, Refused
-from kvmanager.layout import (
-    PageState,
-    Reason,
-    RowState,
-    generation_of,
-    index_of,
-    state_of,
-    usable_computed,
-    words_key,
-)
+from kvmanager.keys import words_key
+from kvmanager.layout import PageState, Reason, RowState, generation_of, index_of, state_of, usable_computed
 from kvmanager.matching import PageCopy
 from tests.faults.simulator.faults import Countdown, ExecutorKilled, Violation
 from tests.faults.simulator.model import Vector, next_token

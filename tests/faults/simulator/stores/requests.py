@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvmanager.layout import request_key
+from kvmanager.keys import request_key
 from kvmanager.pins import Pin
 from kvmanager.prefix import root_hash
 from tests.faults.simulator.model import Shape, Truth, first_vector

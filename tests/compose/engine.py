@@ -106,7 +106,11 @@ class Deployment:
         assert await_ready(self.address, seconds=START_SECONDS), self.logs()
 
     def down(self) -> None:
-        self("down", "--volumes", "--timeout", "5", "--remove-orphans", check=False)
+        # A service of a profile that is not named stays, also as an orphan.
+        profiles = ("--profile", "cpu", "--profile", "gpu")
+        self(*profiles, "down", "--volumes", "--timeout", "5", "--remove-orphans", check=False)
+        label = f"label=com.docker.compose.project={self.project}"
+        assert not run("docker", "ps", "--all", "--quiet", "--filter", label), f"{self.project} is not gone"
 
     def logs(self, *services: str) -> str:
         return self("logs", "--no-color", *services, check=False)

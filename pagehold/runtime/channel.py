@@ -18,6 +18,7 @@ Options = list[tuple[str, int]]
 INTERNAL_MESSAGE_BYTES: Final = 64 << 20
 _LOOK_SECONDS: Final = 0.01
 _SILENT_SECONDS: Final = 3.0  # until it is said that nobody listens
+_SILENT_LOOK_SECONDS: Final = 0.1  # after that, for as long as it takes: it must cost little
 _LEAST_PING_MS: Final = 100
 
 
@@ -29,11 +30,12 @@ async def listening(address: str) -> None:
     """
     path = address.removeprefix("unix:")
     tell_at = time.monotonic() + _SILENT_SECONDS
+    seconds = _LOOK_SECONDS
     while path != address and not _accepts(path):
         if time.monotonic() > tell_at:
-            tell_at = math.inf
+            tell_at, seconds = math.inf, _SILENT_LOOK_SECONDS
             log.warning("nobody listens there; waiting. Does it run, and have the same state folder?", socket=path)
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(seconds)
 
 
 def _accepts(path: str) -> bool:

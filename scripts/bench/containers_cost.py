@@ -29,7 +29,7 @@ def main() -> int:
     for target in engine.TARGETS.values():
         engine.build(target, _VERSION)
     versions = {f"PAGEHOLD_{name}_VERSION": _VERSION for name in ("FRONTEND", "KVMANAGER", "EXECUTOR")}
-    deployment = Deployment("bench", **versions)
+    deployment = Deployment(**versions)
     try:
         _measure(deployment, rounds)
     finally:

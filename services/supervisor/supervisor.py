@@ -16,9 +16,9 @@ from services.supervisor.fleet import COMPONENTS, Fleet
 
 log = structlog.get_logger()
 
-_POLL_SECONDS: Final = 0.02
 _REPORT_SECONDS: Final = 3.0  # until it says what it still waits for; each time twice as long
 _LONGEST_REPORT_SECONDS: Final = 60.0
+_LOOKS: Final = 150  # between two reports: the longer it has waited, the less it looks
 
 
 class Supervisor:
@@ -128,7 +128,7 @@ class Supervisor:
         start = last = time.monotonic()
         seconds = _REPORT_SECONDS
         while waiting := self.fleet.not_ready():
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(seconds / _LOOKS)
             if time.monotonic() - last > seconds:
                 last, seconds = time.monotonic(), min(2 * seconds, _LONGEST_REPORT_SECONDS)
                 print(f"pagehold: waiting for {', '.join(waiting)} ({last - start:.0f} s)", file=sys.stderr, flush=True)

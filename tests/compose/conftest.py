@@ -50,7 +50,7 @@ def _deployments(version: str) -> Iterator[Callable[..., Deployment]]:
 
     def deploy(**environment: str) -> Deployment:
         versions = {f"PAGEHOLD_{name}_VERSION": version for name in ("FRONTEND", "KVMANAGER", "EXECUTOR")}
-        made.append(Deployment(str(len(made)), **{**versions, **environment}))
+        made.append(Deployment(**{**versions, **environment}))
         return made[-1]
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ TARGETS: Final = {"frontend": "frontend", "kvmanager": "kvmanager", "executor": 
 START_SECONDS: Final = 120.0
 _SECONDS: Final = 120
 _POLL_SECONDS: Final = 0.02
+_numbers = itertools.count()
 
 
 def run(*command: str, check: bool = True, seconds: float = _SECONDS, **environment: str) -> str:
@@ -77,9 +79,10 @@ def inspect(name: str) -> dict[str, Any]:
 class Deployment:
     """What `docker compose up` makes: `down()` at the end, also after a failure."""
 
-    def __init__(self, name: str, **environment: str) -> None:
+    def __init__(self, **environment: str) -> None:
         """environment: what compose.yaml reads from it."""
-        self.project = f"pagehold-test-{os.getpid()}-{name}"
+        # One after the other, whoever makes it: two of one name would take each other down.
+        self.project = f"pagehold-test-{os.getpid()}-{next(_numbers)}"
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.environment = {
@@ -103,7 +106,11 @@ class Deployment:
         assert await_ready(self.address, seconds=START_SECONDS), self.logs()
 
     def down(self) -> None:
-        self("down", "--volumes", "--timeout", "5", "--remove-orphans", check=False)
+        # A service of a profile that is not named stays, also as an orphan.
+        profiles = ("--profile", "cpu", "--profile", "gpu")
+        self(*profiles, "down", "--volumes", "--timeout", "5", "--remove-orphans", check=False)
+        label = f"label=com.docker.compose.project={self.project}"
+        assert not run("docker", "ps", "--all", "--quiet", "--filter", label), f"{self.project} is not gone"
 
     def logs(self, *services: str) -> str:
         return self("logs", "--no-color", *services, check=False)

@@ -56,7 +56,7 @@ async def test_executor_killed_streams_go_on(start_stack: StartStack, kv_dtype: 
 async def test_executor_killed_with_drafts_under_way(start_stack: StartStack) -> None:
     """Tokens and K/V of drafts lie above what is committed, and are nobody's when the executor is gone."""
     stack = start_stack()
-    messages = [repeating(number, tokens=400) for number in range(4)]
+    messages = [repeating(number, tokens=800) for number in range(4)]
     plain = start_stack(speculation="off")
     reference = await undisturbed(plain.address, messages)
 
@@ -73,7 +73,7 @@ async def test_executor_killed_with_drafts_under_way(start_stack: StartStack) ->
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 async def test_manager_killed_streams_go_on(start_stack: StartStack, kv_dtype: str) -> None:
     stack = start_stack(kv_dtype=kv_dtype)
-    messages = mixed(tokens=128)
+    messages = mixed(tokens=256)
     reference = await undisturbed(stack.address, messages)
 
     load = Load(stack.address, messages)

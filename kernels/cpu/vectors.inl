@@ -79,7 +79,7 @@ inline void over(uint32_t n, F&& f) {
   for (; i < n; ++i) f(i, 0.0f);
 }
 
-// What `over` calls for loads the same with either.
+// Loads a vector or a single float, as `over` asks.
 inline vf load_as(vf, const float* p) { return load(p); }
 inline float load_as(float, const float* p) { return *p; }
 inline void store(float* p, float x) { *p = x; }

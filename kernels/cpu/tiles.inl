@@ -31,6 +31,8 @@ inline void shape_tiles(uint32_t rows) {
   for (uint32_t t = 0; t < 8; ++t) shape.bytes[t] = kTileRow;
   const uint8_t counts[8] = {low, low, high, high, low, high, 16, 16};
   memcpy(shape.rows, counts, sizeof counts);
+  // GCC believes that only the first bytes of the shape are read, and may drop what is written behind them.
+  __asm__ __volatile__("" : : "r"(&shape) : "memory");
   _tile_loadconfig(&shape);
 }
 

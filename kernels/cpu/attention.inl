@@ -14,22 +14,29 @@ namespace {
 
 // --- sums of lanes for many vectors at once ---
 
-// Vectors of segments of G lanes, each segment a partial sum: adds the halves of every segment; those of x and y
+struct Sum {
+  static vf of(vf x, vf y) { return x + y; }
+};
+struct Largest {
+  static vf of(vf x, vf y) { return x > y ? x : y; }
+};
+
+// Vectors of segments of G lanes, each segment a partial result: joins the halves of every segment; those of x and y
 // alternate in the result, in segments of half the size.
-template <uint32_t G, int... I>
+template <class Join, uint32_t G, int... I>
 inline vf fold(vf x, vf y, std::integer_sequence<int, I...>) {
   constexpr int half = G / 2;
   const vf low = SHUFFLE(x, y, (I / int(G) * int(G) + I % half + (I % int(G) < half ? 0 : W))...);
   const vf high = SHUFFLE(x, y, (I / int(G) * int(G) + I % half + half + (I % int(G) < half ? 0 : W))...);
-  return low + high;
+  return Join::of(low, high);
 }
 
 // v[0..N) into v[0]: lanes of segment i, of G / N lanes, belong to vector i.
-template <uint32_t G, int N>
+template <class Join, uint32_t G, int N>
 inline void fold_all(vf* v) {
   if constexpr (N > 1) {
-    for (int i = 0; i < N / 2; ++i) v[i] = fold<G>(v[i], v[i + N / 2], std::make_integer_sequence<int, W>{});
-    fold_all<G / 2, N / 2>(v);
+    for (int i = 0; i < N / 2; ++i) v[i] = fold<Join, G>(v[i], v[i + N / 2], std::make_integer_sequence<int, W>{});
+    fold_all<Join, G / 2, N / 2>(v);
   }
 }
 
@@ -71,14 +78,25 @@ struct Rows {
   }
 };
 
-// sums = sums and part. Not inlined: one way to round, wherever it is called.
-__attribute__((noinline)) void combine(float* sums, const float* part, uint32_t stride) {
-  const float most = sums[0] > part[0] ? sums[0] : part[0];
-  const vf ours = exponential(splat(sums[0] - most)), theirs = exponential(splat(part[0] - most));
-  sums[0] = most;
-  sums[1] = sums[1] * ours[0] + part[1] * theirs[0];
+// sums = sums * ours + part * theirs, but for the largest score. Not inlined: one way to round, wherever it is called.
+__attribute__((noinline)) void add_scaled(float* sums, float ours, const float* part, float theirs, uint32_t stride) {
+  sums[1] = sums[1] * ours + part[1] * theirs;
   for (uint32_t i = kPartialValues; i < stride; i += W)
     store(sums + i, load(sums + i) * ours + load(part + i) * theirs);
+}
+
+// By how much the part's largest score is above that of the sums; and what the one with the smaller counts for then.
+inline float more_of(const float* sums, const float* part) { return part[0] - sums[0]; }
+inline vf share_of(vf more) { return exponential(more > vf{} ? -more : more); }
+
+// sums = sums and part.
+inline void combine(float* sums, const float* part, float more, float share, uint32_t stride) {
+  add_scaled(sums, more > 0 ? share : 1.0f, part, more > 0 ? 1.0f : share, stride);
+  if (more > 0) sums[0] = part[0];
+}
+inline void combine(float* sums, const float* part, uint32_t stride) {
+  const float more = more_of(sums, part);
+  combine(sums, part, more, share_of(splat(more))[0], stride);
 }
 
 template <class Input>
@@ -227,12 +245,12 @@ inline void score(const Part<Kv>& part, const Part<Kv>& next, uint32_t first, co
       }
     }
     for (int r = 0; r < R; ++r) {
-      fold_all<W, kTogether>(acc[r]);
+      fold_all<Sum, W, kTogether>(acc[r]);
       sums[r][group] = acc[r][0];
     }
   }
   for (int r = 0; r < R; ++r) {
-    fold_all<groups, groups>(sums[r]);
+    fold_all<Sum, groups, groups>(sums[r]);
     store(scores[r] + first, scales != nullptr ? sums[r][0] * load(scales->keys + first) : sums[r][0]);
   }
 }

@@ -171,7 +171,7 @@ __attribute__((noinline)) float soften_digits(const PhModel* m, float* high, con
     scale = 1.0f;
   }
   const float most = largest(peak) * scale;
-  const float factor = scale * 1.44269504088896341f, offset = most * 1.44269504088896341f;
+  const float factor = scale * kLog2E, offset = most * kLog2E;
   vf total = vf{};
   vi heaviest = vi{};
   for (uint32_t t = 0; t < count; t += W) {

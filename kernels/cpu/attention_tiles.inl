@@ -144,77 +144,114 @@ inline void pair_up(vh2 x, vh2 y, vu* low, vu* high, std::integer_sequence<int, 
   *high = reinterpret_cast<vu>(SHUFFLE_WORDS(x, y, (I / 2 + W + (I % 2 ? 2 * W : 0))...));
 }
 
-// values [pairs][width][2]: pair j of 32 positions has positions j and j + 16, as weights have.
+// values [pairs][width][2].
 inline void take_values(const Part<uint16_t>& part, const Part<uint16_t>& next, uint32_t count, uint32_t d,
                         uint32_t width, uint16_t* values) {
-  for (uint32_t t = 0; t < count; t += 32) {
-    for (uint32_t j = 0; j < 16; ++j) {
-      const uint16_t *even = part.values[t + j], *odd = part.values[t + 16 + j];
-      uint16_t* to = values + size_t{t / 2 + j} * width * 2;
-      for (uint32_t i = 0; i < d; i += 32) {
-        vu low, high;
-        __builtin_prefetch(next.values[t + j] + i, 0, 2);
-        __builtin_prefetch(next.values[t + 16 + j] + i, 0, 2);
-        pair_up(reinterpret_cast<vh2>(load_pairs(even + i, d - i)), reinterpret_cast<vh2>(load_pairs(odd + i, d - i)),
-                &low, &high, std::make_integer_sequence<int, 2 * W>{});
-        store_pairs(to + 2 * i, low);
-        store_pairs(to + 2 * i + 32, high);
-      }
+  for (uint32_t t = 0; t < count; t += 2) {
+    const uint16_t *even = part.values[t], *odd = part.values[t + 1];
+    uint16_t* to = values + size_t{t / 2} * width * 2;
+    for (uint32_t i = 0; i < d; i += 32) {
+      vu low, high;
+      __builtin_prefetch(next.values[t] + i, 0, 2);
+      __builtin_prefetch(next.values[t + 1] + i, 0, 2);
+      pair_up(reinterpret_cast<vh2>(load_pairs(even + i, d - i)), reinterpret_cast<vh2>(load_pairs(odd + i, d - i)),
+              &low, &high, std::make_integer_sequence<int, 2 * W>{});
+      store_pairs(to + 2 * i, low);
+      store_pairs(to + 2 * i + 32, high);
     }
   }
 }
 
 // --- softmax of one part ---
 
-// 2^x to about 4e-6 for x <= 0; at least 2^-126.
-inline vf exponential2(vf x) {
-  const vf clamped = x < splat(-126.0f) ? splat(-126.0f) : x;
-  const vf shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the low bits
-  const vf r = clamped - (shifted - 12582912.0f);
-  vf p = splat(9.5701e-3f);
-  p = p * r + 5.5830e-2f;
-  p = p * r + 2.40232e-1f;
-  p = p * r + 6.93146e-1f;
-  p = p * r + 1.0f;
-  return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+// W positions after W positions of a part, of which a row may not see all.
+template <bool All>
+class Visible {
+ public:
+  explicit Visible(const Seen& seen) {
+    for (uint32_t i = 0; i < W; ++i) position_[i] = i;
+    position_ -= seen.begin;
+    seen_ += seen.end > seen.begin ? seen.end - seen.begin : 0;
+  }
+  // x for the next ones, or else `unseen`.
+  vf next(vf x, float unseen) {
+    if (All) return x;
+    const vf visible = position_ < seen_ ? x : splat(unseen);
+    position_ += W;
+    return visible;
+  }
+
+ private:
+  vu position_, seen_ = {};
+};
+
+constexpr uint32_t kSoftenedRows = W;  // lanes of their largest scores and of their sums
+
+// Scores [rows][kPart] of at most kSoftenedRows rows into weights [rows][kPart], up to `count`, a multiple of 32; and
+// into their largest and sum. Positions that a row does not see have weight 0, whatever their score. All: there is
+// none.
+template <bool All>
+inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t rows, uint32_t count, float scale,
+                             uint16_t* weights, float* partials, uint32_t stride) {
+  vf joined[kSoftenedRows];
+  for (uint32_t row = rows; row < kSoftenedRows; ++row) joined[row] = vf{};
+  for (uint32_t row = 0; row < rows; ++row) {
+    const float* from = scores + row * kPart;
+    Visible<All> visible(seen[row]);
+    vf low = splat(-INFINITY), high = low;
+    for (uint32_t t = 0; t < count; t += 2 * W) {
+      low = Largest::of(low, visible.next(load(from + t), -INFINITY));
+      high = Largest::of(high, visible.next(load(from + t + W), -INFINITY));
+    }
+    joined[row] = Largest::of(low, high);
+  }
+  fold_all<Largest, W, kSoftenedRows>(joined);
+  const float factor = scale * kLog2E;
+  const vf most = joined[0] * scale, offsets = most * kLog2E;
+  for (uint32_t row = 0; row < rows; ++row) {
+    const float* from = scores + row * kPart;
+    uint16_t* to = weights + row * kPart;
+    Visible<All> visible(seen[row]);
+    dot_f total = {};
+    for (uint32_t t = 0; t < count; t += 2 * W) {
+      const vf low = visible.next(exponential2(load(from + t) * factor - offsets[row]), 0.0f);
+      const vf high = visible.next(exponential2(load(from + t + W) * factor - offsets[row]), 0.0f);
+      const dot_u pairs = to_bfloat16_pairs(low, high);
+      total = bfloat16_dot(total, kBfloat16Ones, pairs);
+      store_pairs(to + t, pairs);
+    }
+    joined[row] = total;
+  }
+  fold_all<Sum, W, kSoftenedRows>(joined);
+  for (uint32_t row = 0; row < rows; ++row) {
+    partials[row * stride] = most[row];
+    partials[row * stride + 1] = joined[0][row];
+  }
 }
 
-// Scores [kPart] into weights [kPart] of 32 positions as 16 pairs (j, j + 16), up to `count`, a multiple of 32; and
-// into their largest and sum. Positions that the row does not see have weight 0, whatever their score.
-__attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores, Seen seen, uint32_t count, float scale,
-                                                uint16_t* weights, float* partial) {
+__attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores, const Seen* seen, uint32_t rows,
+                                                uint32_t count, float scale, uint16_t* weights, float* partials,
+                                                uint32_t stride) {
   if (m->logit_softcap != 0.0f) {
-    for (uint32_t t = seen.begin; t < seen.end; ++t)
-      scores[t] = m->logit_softcap * tanhf(scores[t] * scale / m->logit_softcap);
+    for (uint32_t row = 0; row < rows; ++row)
+      for (uint32_t t = seen[row].begin; t < seen[row].end; ++t)
+        scores[row * kPart + t] = m->logit_softcap * tanhf(scores[row * kPart + t] * scale / m->logit_softcap);
     scale = 1.0f;
   }
-  vi lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = i;
-  const vi begin = vi{} + static_cast<int32_t>(seen.begin), end = vi{} + static_cast<int32_t>(seen.end);
-  const auto visible = [&](uint32_t t) {
-    const vi position = lanes + static_cast<int32_t>(t);
-    return (position >= begin) & (position < end);
-  };
-  vf peak = splat(-INFINITY);
-  for (uint32_t t = 0; t < count; t += W) {
-    const vf s = visible(t) ? load(scores + t) : splat(-INFINITY);
-    peak = s > peak ? s : peak;
-  }
-  const float most = largest(peak) * scale;
-  const float factor = scale * 1.44269504088896341f, offset = most * 1.44269504088896341f;
-  vf total = vf{};
-  for (uint32_t t = 0; t < count; t += 2 * W) {
-    vu rounded[2];
-    for (uint32_t half = 0; half < 2; ++half) {
-      const vf p = exponential2(load(scores + t + half * W) * factor - offset);
-      const vu bits = (reinterpret_cast<vu>(p) + 0x8000u) & 0xffff0000u;  // p > 0: half goes up
-      rounded[half] = visible(t + half * W) ? bits : vu{};
-      total += reinterpret_cast<vf>(rounded[half]);
-    }
-    store_pairs(weights + t, rounded[0] >> 16 | rounded[1]);
-  }
-  partial[0] = most;
-  partial[1] = sum(total);
+  bool all = true;
+  for (uint32_t row = 0; row < rows; ++row) all = all && seen[row].begin == 0 && seen[row].end == kPart;
+  if (all) return soften_for_tiles<true>(scores, seen, rows, kPart, scale, weights, partials, stride);
+  soften_for_tiles<false>(scores, seen, rows, count, scale, weights, partials, stride);
+}
+
+// What rows from `row` on have, and these partials.
+inline void combine_rows(const Rows& rows, uint32_t row, const Seen* seen, uint32_t count, const float* partials) {
+  alignas(64) float more[kSoftenedRows] = {}, share[kSoftenedRows];
+  for (uint32_t r = 0; r < count; ++r) more[r] = more_of(rows.at(row + r), partials + r * rows.stride);
+  store(share, share_of(load(more)));
+  for (uint32_t r = 0; r < count; ++r)
+    if (seen[r].begin < seen[r].end)
+      combine(rows.at(row + r), partials + r * rows.stride, more[r], share[r], rows.stride);
 }
 
 // --- a piece of work ---
@@ -258,12 +295,17 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
       if (size != shaped) shape_tiles(size);
       shaped = size;
       product(queries + size_t{row} * depth, depth, keys, kPart, scores, kPart, size, count, depth);
-      for (uint32_t r = 0; r < size; ++r)
-        soften_for_tiles(job->model, scores + r * kPart, seen[r], count, scale, weights + r * kPart,
-                         partials + r * rows->stride);
+      const auto by_softened = [&](auto&& f) {
+        for (uint32_t r = 0; r < size; r += kSoftenedRows)
+          f(r, size - r < kSoftenedRows ? size - r : kSoftenedRows, partials + r * rows->stride);
+      };
+      by_softened([&](uint32_t r, uint32_t some, float* to) {
+        soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale, weights + r * kPart, to,
+                         rows->stride);
+      });
       product(weights, kPart, values, depth, partials + kPartialValues, rows->stride, size, depth, count);
-      for (uint32_t r = 0; r < size; ++r)
-        if (seen[r].begin < seen[r].end) combine(rows->at(row + r), partials + r * rows->stride, rows->stride);
+      by_softened(
+          [&](uint32_t r, uint32_t some, const float* of) { combine_rows(*rows, row + r, seen + r, some, of); });
     }
   });
   drop_tiles();

@@ -12,6 +12,8 @@
 #include "linear.inl"
 //
 #ifdef TILES
+#include "coarse.inl"
+//
 #include "linear_tiles.inl"
 #endif
 //

@@ -92,12 +92,13 @@ constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
 constexpr uint32_t kPanel = 32;  // outputs of a panel
 constexpr uint32_t kBlock = 32;  // inputs that share a scale
 
-// Bytes of one panel.
+// Bytes of a block of a quantized panel, and of one panel.
+static constexpr size_t packed_block_size(uint32_t encoding) {
+  return kPanel * (encoding == kPhInt4 ? 4 + kBlock / 2 : 2 + kBlock);
+}
 static constexpr size_t panel_size(uint32_t encoding, uint32_t pairs) {
   const size_t blocks = (size_t{pairs} * 2 + kBlock - 1) / kBlock;
-  return encoding == kPhInt4   ? blocks * kPanel * (4 + kBlock / 2)
-         : encoding == kPhInt8 ? blocks * kPanel * (2 + kBlock)
-                               : size_t{pairs} * 4 * kPanel;
+  return encoding == kPhBfloat16 ? size_t{pairs} * 4 * kPanel : blocks * packed_block_size(encoding);
 }
 // Two panels, gate and up, as bfloat16, in whole blocks.
 static constexpr size_t expanded_size(uint32_t pairs) { return 2 * (size_t{pairs} + kBlock / 2) * 2 * kPanel; }

@@ -7,8 +7,22 @@ namespace {
 
 constexpr uint32_t kBlockRows = 32;
 constexpr uint32_t kCachedBytes = 3 << 18;  // of inputs, a part of the second-level cache
+constexpr uint32_t kMostRows = 512;         // whose sums by one panel are kept
 constexpr uint32_t kTilePairs = 16;         // pairs of inputs that one instruction takes
+constexpr uint32_t kSlicePairs = 320;       // whose weights of a panel stay in the first-level cache
 constexpr uint32_t kFetchAhead = 8192;      // bytes of weights, which come from memory one after the other
+constexpr uint32_t kBlockLines = kBlock * kPanel * sizeof(uint16_t) / 64;
+
+// Pairs of inputs [first, first + count); `first` is a multiple of kTilePairs.
+struct Slice {
+  uint32_t first, count;
+};
+
+// What is fetched with each block of weights that is used: of the block that lies `distance` bytes ahead, those lines.
+struct Fetch {
+  size_t distance;
+  uint32_t first, last;
+};
 
 // Where a panel's weights come from, 16 pairs of inputs after 16 pairs.
 
@@ -16,12 +30,13 @@ constexpr uint32_t kFetchAhead = 8192;      // bytes of weights, which come from
 // pairs is zeros too.
 class Ready {
  public:
-  Ready(const uint16_t* weights, uint32_t pairs) : weights_(weights), pairs_(pairs) {}
+  Ready(const uint16_t* panel, Slice slice, Fetch fetch)
+      : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), fetch_(fetch) {}
   const uint16_t* next() {
     const uint16_t* w = weights_;
     if (pairs_ >= kTilePairs) {
-      const char* ahead = reinterpret_cast<const char*>(w) + kFetchAhead;
-      for (uint32_t line = 0; line < 2 * kBlockValues; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      const char* ahead = reinterpret_cast<const char*>(w) + fetch_.distance;
+      for (uint32_t line = fetch_.first; line < fetch_.last; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
       weights_ += kBlockValues;
       pairs_ -= kTilePairs;
       return w;
@@ -34,11 +49,12 @@ class Ready {
  private:
   const uint16_t* weights_;
   uint32_t pairs_;
+  const Fetch fetch_;
   alignas(64) uint16_t rest_[kBlockValues];
 };
 
-// Blocks that are expanded one ahead of the one that is multiplied: the two use different parts of a core. `to`: the
-// whole panel where it is needed again, else two blocks in turns.
+// Blocks that are expanded one ahead of the one that is multiplied: the two use different parts of a core. `to`: where
+// they are kept if they are needed again, else two blocks in turns.
 template <uint32_t encoding, bool Kept>
 class Expanding {
  public:
@@ -63,15 +79,9 @@ class Expanding {
   uint16_t *to_, *ahead_;
 };
 
-// Sums of a block of rows by one panel, left in the registers. `Both`: it has more than 16 rows.
+// Adds a block of rows by one panel to the sums in the registers. `Both`: it has more than 16 rows.
 template <bool Both, class Source>
-inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, Source& source) {
-  clear_tile0();
-  clear_tile1();
-  if (Both) {
-    clear_tile2();
-    clear_tile3();
-  }
+inline void add_slice(const uint16_t* x, uint32_t stride, uint32_t pairs, Source& source) {
   for (uint32_t k = 0; k < pairs; k += kTilePairs, x += 2 * kTilePairs) {
     const uint16_t* w = source.next();
     stream_tile4(x, size_t{stride} * 2);
@@ -88,33 +98,47 @@ inline void sum_block(const uint16_t* x, uint32_t stride, uint32_t pairs, Source
 }
 
 template <uint32_t encoding, class F>
-inline void sum_expanding(const Linear* job, Panels* panels, uint32_t p, uint32_t i, F&& sum) {
-  const uint8_t* block = panels->packed(p, i);
-  if (job->rows > kBlockRows) {
-    panels->keep(p, i);
-    return sum(Expanding<encoding, true>(block, panels->blocks(), panels->kept(i)));
-  }
+inline void add_expanding(const Linear* job, const Panels& panels, uint32_t p, uint32_t i, Slice slice, F&& add) {
+  const uint32_t first = slice.first / kTilePairs, blocks = (slice.count + kTilePairs - 1) / kTilePairs;
+  const uint8_t* block = panels.packed(p, i) + first * packed_block_size(encoding);
+  if (job->rows > kBlockRows)
+    return add(Expanding<encoding, true>(block, blocks, panels.kept(i) + size_t{first} * kBlockValues));
   alignas(64) uint16_t two[2 * kBlockValues];
-  sum(Expanding<encoding, false>(block, panels->blocks(), two));
+  add(Expanding<encoding, false>(block, blocks, two));
 }
 
-// Of the i-th panel that belongs to p.
-inline void sum_block(const Linear* job, Panels* panels, uint32_t p, uint32_t i, uint32_t row, uint32_t rows) {
-  const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride;
-  auto sum = [&](auto&& source) {
+// Of the i-th panel that belongs to p: for rows of the turn-th block of `turns` that take the slice one after the
+// other.
+inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint32_t i, Slice slice, uint32_t row,
+                      uint32_t rows, uint32_t turn, uint32_t turns) {
+  const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride + 2 * slice.first;
+  const auto add = [&](auto&& source) {
     if (rows > 16) {
-      sum_block<true>(x, job->stride, job->pairs, source);
+      add_slice<true>(x, job->stride, slice.count, source);
     } else {
-      sum_block<false>(x, job->stride, job->pairs, source);
+      add_slice<false>(x, job->stride, slice.count, source);
     }
   };
-  if (panels->expanded() || panels->keeps(p, i)) return sum(Ready(panels->at(p, i), job->pairs));
-  if (job->weights.encoding == kPhInt4) return sum_expanding<kPhInt4>(job, panels, p, i, sum);
-  sum_expanding<kPhInt8>(job, panels, p, i, sum);
+  if (panels.expanded()) {
+    // Every turn fetches a share of what comes next, so that the memory is never idle.
+    const size_t next = size_t{slice.count} * 4 * kPanel;
+    const Fetch fetch = {turns == 1 ? kFetchAhead : next, kBlockLines * turn / turns, kBlockLines * (turn + 1) / turns};
+    return add(Ready(panels.bfloat16(p, i), slice, fetch));
+  }
+  if (turn > 0) return add(Ready(panels.kept(i), slice, {}));
+  if (job->weights.encoding == kPhInt4) return add_expanding<kPhInt4>(job, panels, p, i, slice, add);
+  add_expanding<kPhInt8>(job, panels, p, i, slice, add);
+}
+
+inline void clear_sums() {
+  clear_tile0();
+  clear_tile1();
+  clear_tile2();
+  clear_tile3();
 }
 
 // The sums of a block into memory [rows][stride].
-inline void store_block(float* to, uint32_t stride, uint32_t rows) {
+inline void store_sums(float* to, uint32_t stride, uint32_t rows) {
   store_tile0(to, stride);
   store_tile1(to + 16, stride);
   if (rows <= 16) return;
@@ -122,60 +146,103 @@ inline void store_block(float* to, uint32_t stride, uint32_t rows) {
   store_tile3(to + size_t{16} * stride + 16, stride);
 }
 
-// f(first row, rows, panel) over all rows and panels [first, last): all blocks of rows over one panel, then the next
-// panel, and so many rows before that as stay in the cache.
-template <class F>
-inline void over_blocks(const Linear* job, uint32_t first, uint32_t last, F&& f) {
-  uint32_t shaped = 0;
-  const uint32_t fitting = kCachedBytes / (job->stride * 2) / kBlockRows * kBlockRows;
-  const uint32_t cached = fitting < kBlockRows ? kBlockRows : fitting;
-  for (uint32_t start = 0; start < job->rows; start += cached) {
-    const uint32_t end = job->rows - start < cached ? job->rows : start + cached;
-    for (uint32_t p = first; p < last; ++p) {
-      for (uint32_t row = start; row < end; row += kBlockRows) {
-        const uint32_t rows = end - row < kBlockRows ? end - row : kBlockRows;
-        if (rows != shaped) shape_tiles(rows);
-        shaped = rows;
-        f(row, rows, p);
+inline void load_sums(const float* from, uint32_t rows) {
+  load_tile0(from, 4 * kPanel);
+  load_tile1(from + 16, 4 * kPanel);
+  if (rows <= 16) return;
+  load_tile2(from + 16 * kPanel, 4 * kPanel);
+  load_tile3(from + 16 * kPanel + 16, 4 * kPanel);
+}
+
+// Panels of a job by rows [start, end), at most kMostRows.
+class Block {
+ public:
+  Block(const Linear* job, const Panels& panels, uint32_t start, uint32_t end)
+      : job_(job), panels_(panels), start_(start), end_(end) {}
+
+  // f(first row, rows) with their sums in the registers: of the i-th panel that belongs to p. A slice of it after the
+  // other goes by all rows, so that it comes from the first-level cache; sums wait in memory meanwhile.
+  template <class F>
+  void sum(uint32_t p, uint32_t i, F&& f) {
+    const uint32_t pairs = job_->pairs;
+    const uint32_t turns = (end_ - start_ + kBlockRows - 1) / kBlockRows;
+    const uint32_t slices = turns > 1 ? (pairs + kSlicePairs - 1) / kSlicePairs : 1;
+    const uint32_t size = ((pairs + slices - 1) / slices + kTilePairs - 1) / kTilePairs * kTilePairs;
+    for (uint32_t first = 0; first < pairs; first += size) {
+      const Slice slice = {first, pairs - first < size ? pairs - first : size};
+      for (uint32_t row = start_; row < end_; row += kBlockRows) {
+        const uint32_t rows = end_ - row < kBlockRows ? end_ - row : kBlockRows;
+        if (rows != shaped_) shape_tiles(rows);
+        shaped_ = rows;
+        float* sums = sums_ + size_t{row - start_} * kPanel;
+        if (first == 0) {
+          clear_sums();
+        } else {
+          load_sums(sums, rows);
+        }
+        add_slice(job_, panels_, p, i, slice, row, rows, (row - start_) / kBlockRows, turns);
+        if (first + size < pairs) {
+          store_sums(sums, kPanel, rows);
+        } else {
+          f(row, rows);
+        }
       }
     }
+  }
+
+ private:
+  const Linear* job_;
+  const Panels& panels_;
+  uint32_t start_, end_, shaped_ = 0;
+  alignas(64) float sums_[kMostRows * kPanel];
+};
+
+// f(first row, Block): all rows of a job, as many at once as stay in the cache.
+template <class F>
+inline void over_rows(const Linear* job, const Panels& panels, F&& f) {
+  const uint32_t fitting = kCachedBytes / (job->stride * 2) / kBlockRows * kBlockRows;
+  const uint32_t size = fitting < kBlockRows ? kBlockRows : fitting > kMostRows ? kMostRows : fitting;
+  for (uint32_t start = 0; start < job->rows; start += size) {
+    Block block(job, panels, start, job->rows - start < size ? job->rows : start + size);
+    f(start, block);
   }
   drop_tiles();
 }
 
 template <Then then>
 void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  Panels panels(job, 1, expanded);
-  over_blocks(job, first, last, [&](uint32_t row, uint32_t rows, uint32_t p) {
-    float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
-    sum_block(job, &panels, p, 0, row, rows);
-    if (then == Then::kStore) {
-      store_block(out, job->output_stride, rows);
-      return;
-    }
-    alignas(64) float sums[kBlockRows * kPanel];
-    store_block(sums, kPanel, rows);
-    for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
-      for (uint32_t n = 0; n < kPanel; n += W) store(out + n, load(out + n) + load(sums + r * kPanel + n));
+  const Panels panels(job, 1, expanded);
+  over_rows(job, panels, [&](uint32_t, Block& block) {
+    for (uint32_t p = first; p < last; ++p)
+      block.sum(p, 0, [&](uint32_t row, uint32_t rows) {
+        float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
+        if (then == Then::kStore) return store_sums(out, job->output_stride, rows);
+        alignas(64) float sums[kBlockRows * kPanel];
+        store_sums(sums, kPanel, rows);
+        for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
+          for (uint32_t n = 0; n < kPanel; n += W) store(out + n, load(out + n) + load(sums + r * kPanel + n));
+      });
   });
   if (then == Then::kStore) add_bias(job, first, last);
 }
 
 void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  Panels panels(job, 2, expanded);
-  over_blocks(job, first, last, [&](uint32_t row, uint32_t rows, uint32_t p) {
-    uint16_t* out = static_cast<uint16_t*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
-    alignas(64) float gates[kBlockRows * kPanel], ups[kBlockRows * kPanel];
-    sum_block(job, &panels, p, 0, row, rows);
-    store_block(gates, kPanel, rows);
-    sum_block(job, &panels, p, 1, row, rows);
-    store_block(ups, kPanel, rows);
-    const auto product = [&](const float* gate, const float* up) { return silu(load(gate)) * load(up); };
-    for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
-      for (uint32_t n = 0; n < kPanel; n += 2 * W) {
-        const float *gate = gates + r * kPanel + n, *up = ups + r * kPanel + n;
-        store_both(out + n, product(gate, up), product(gate + W, up + W));
-      }
+  const Panels panels(job, 2, expanded);
+  alignas(64) float gates[kMostRows * kPanel];
+  over_rows(job, panels, [&](uint32_t start, Block& block) {
+    for (uint32_t p = first; p < last; ++p) {
+      block.sum(p, 0,
+                [&](uint32_t row, uint32_t rows) { store_sums(gates + size_t{row - start} * kPanel, kPanel, rows); });
+      block.sum(p, 1, [&](uint32_t row, uint32_t rows) {
+        alignas(64) float ups[kBlockRows * kPanel];
+        store_sums(ups, kPanel, rows);
+        const float *gate = gates + size_t{row - start} * kPanel, *up = ups;
+        uint16_t* out = static_cast<uint16_t*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
+        const auto product = [&](uint32_t n) { return silu(load(gate + n)) * load(up + n); };
+        for (uint32_t r = 0; r < rows; ++r, out += job->output_stride, gate += kPanel, up += kPanel)
+          for (uint32_t n = 0; n < kPanel; n += 2 * W) store_both(out + n, product(n), product(n + W));
+      });
+    }
   });
 }
 

@@ -33,8 +33,8 @@ inline void spread(const uint16_t* halves, float* to) {
 
 // Two vectors of one row, rounded to nearest even.
 inline void store_both(uint16_t* to, vf low, vf high) {
-#if defined(BFLOAT16_DOT) && !defined(PAGEHOLD_EMULATE)
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#ifdef BFLOAT16_DOT
+  const dot_u both = to_bfloat16_pairs(low, high);
   memcpy(to, &both, sizeof both);
 #else
   store(to, low);
@@ -67,7 +67,7 @@ inline void fetch(const uint8_t* from, uint32_t bytes) {
 // One block into bfloat16 [16][32][2]. Returns the next one.
 inline const uint8_t* expand_int4(const uint8_t* block, uint16_t* to) {
   constexpr uint32_t kRows = 8;  // pairs of inputs that share a word
-  constexpr uint32_t kBytes = kPanel * (4 + kBlock / 2);
+  constexpr uint32_t kBytes = packed_block_size(kPhInt4);
   fetch(block + kFetchBlocks * kBytes, kBytes);
   alignas(64) float scales[2 * kPanel], least[2 * kPanel];
   spread(reinterpret_cast<const uint16_t*>(block), scales);
@@ -91,7 +91,7 @@ inline const uint8_t* expand_int4(const uint8_t* block, uint16_t* to) {
 
 inline const uint8_t* expand_int8(const uint8_t* block, uint16_t* to) {
   constexpr uint32_t kRows = 4;
-  constexpr uint32_t kBytes = kPanel * (2 + kBlock);
+  constexpr uint32_t kBytes = packed_block_size(kPhInt8);
   fetch(block + kFetchBlocks * kBytes, kBytes);
   alignas(64) float scales[2 * kPanel];
   spread(reinterpret_cast<const uint16_t*>(block), scales);
@@ -123,7 +123,6 @@ class Panels {
       : job_(job), together_(together), expanded_(expanded), blocks_((2 * job->pairs + kBlock - 1) / kBlock) {}
 
   bool expanded() const { return job_->weights.encoding == kPhBfloat16; }
-  uint32_t blocks() const { return blocks_; }
 
   // As they lie in memory: the i-th of the panels that belong to p.
   const uint8_t* packed(uint32_t p, uint32_t i) const {
@@ -131,18 +130,18 @@ class Panels {
            (size_t{p} * together_ + i) * panel_size(job_->weights.encoding, job_->pairs);
   }
 
+  const uint16_t* bfloat16(uint32_t p, uint32_t i) const { return reinterpret_cast<const uint16_t*>(packed(p, i)); }
+
   // Where that one is kept once it is expanded.
   uint16_t* kept(uint32_t i) const { return expanded_ + size_t{i} * blocks_ * kBlockValues; }
-  bool keeps(uint32_t p, uint32_t i) const { return held_[i] == p; }
-  void keep(uint32_t p, uint32_t i) { held_[i] = p; }
 
   const uint16_t* at(uint32_t p, uint32_t i) {
-    if (expanded()) return reinterpret_cast<const uint16_t*>(packed(p, i));
-    if (!keeps(p, i)) {
+    if (expanded()) return bfloat16(p, i);
+    if (held_[i] != p) {
       const uint8_t* block = packed(p, i);
       for (uint16_t *to = kept(i), *end = to + size_t{blocks_} * kBlockValues; to != end; to += kBlockValues)
         block = job_->weights.encoding == kPhInt4 ? expand_int4(block, to) : expand_int8(block, to);
-      keep(p, i);
+      held_[i] = p;
     }
     return kept(i);
   }

@@ -46,6 +46,10 @@ inline void drop_tiles() { _tile_release(); }
     __asm__ __volatile__("" ::: "memory");                   \
     _tile_loadd(T, from, bytes);                             \
   }
+LOAD_TILE(0)
+LOAD_TILE(1)
+LOAD_TILE(2)
+LOAD_TILE(3)
 LOAD_TILE(4)
 LOAD_TILE(5)
 LOAD_TILE(6)
@@ -143,6 +147,10 @@ inline void dot_int8(uint32_t t, uint32_t a, uint32_t b) {
 
 #define LOAD_TILE(T) \
   inline void load_tile##T(const void* from, size_t bytes) { load_tile(T, from, bytes); }
+LOAD_TILE(0)
+LOAD_TILE(1)
+LOAD_TILE(2)
+LOAD_TILE(3)
 LOAD_TILE(4)
 LOAD_TILE(5)
 LOAD_TILE(6)

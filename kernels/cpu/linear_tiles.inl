@@ -238,7 +238,7 @@ void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
         store_sums(ups, kPanel, rows);
         const float *gate = gates + size_t{row - start} * kPanel, *up = ups;
         uint16_t* out = static_cast<uint16_t*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
-        const auto product = [&](uint32_t n) { return silu(load(gate + n)) * load(up + n); };
+        const auto product = [&](uint32_t n) { return coarse_silu(load(gate + n)) * load(up + n); };
         for (uint32_t r = 0; r < rows; ++r, out += job->output_stride, gate += kPanel, up += kPanel)
           for (uint32_t n = 0; n < kPanel; n += 2 * W) store_both(out + n, product(n), product(n + W));
       });

@@ -82,7 +82,7 @@ struct IsaTable {
 };
 
 constexpr uint32_t kPart = 128;       // positions that attention reduces at once, counted from 0
-constexpr uint32_t kRowBlock = 96;    // rows (a query of one head) in one piece of work, unless one query has more
+constexpr uint32_t kRowBlock = 384;   // rows (a query of one head) in one piece of work, unless one query has more
 constexpr uint32_t kNoiseBlock = 64;  // tokens whose noise is made at once
 
 // Philox4x32 (Salmon et al., SC 2011).

@@ -11,6 +11,7 @@ constexpr uint32_t kLeastParts = 4;                // of a piece that a context 
 constexpr size_t kMostPartials = size_t{4} << 20;  // floats that queries of one block may leave
 constexpr size_t kMostShared = size_t{16} << 20;   // floats that all who share may leave
 constexpr uint32_t kMostRows = 32;                 // of a block that gains by sharing what it reads
+constexpr uint32_t kLeastRows = 96;                // of a block that is one of many of its chunk
 constexpr uint32_t kLeastSaved = 4;                // parts not read: what a join is worth
 constexpr uint32_t kMergedPerRead = 16;            // parts that are merged in the time in which one is read
 
@@ -60,10 +61,14 @@ void AttentionPlan::cut(const Piece& block, uint64_t fair) {
   for (uint32_t i = 0; i < cuts; ++i) add(block, block.first + parts * i / cuts, block.first + parts * (i + 1) / cuts);
 }
 
-// Every position once, in blocks of one chunk.
+// Every position once, in blocks of one chunk: as large as they can be, for a block takes a part out of its pages once,
+// but so small that there are pieces enough for all threads even where one takes all heads of a block.
 void AttentionPlan::read_chunks(const Step& step) {
   const PhModel& model = *step.model;
-  const uint32_t most = attention_queries(group_);
+  uint64_t rows = 0;
+  for (uint32_t c = 0; c < step.count; ++c) rows += uint64_t{step.chunks[c].count} * group_;
+  const uint32_t fair = std::max(kLeastRows, ceil_div(rows, step.threads * kPiecesOfThread));
+  const uint32_t most = std::min(attention_queries(group_), ceil_div(fair, group_));
   queries_.clear();
   blocks_.clear();
   appends_alone_ = true;

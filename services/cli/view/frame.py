@@ -48,7 +48,7 @@ def _components(sample: Sample) -> list[Line]:
     title = f"{'component':<{_NAME}}{'state':<10}{'pid':>8}{'up':>10}{'restarts':>10}{'answers in':>12}"
     lines = [Line(title, Style.TITLE)]
     for name, one in sample.components.items():
-        if not _is_superseded(one, sample):
+        if _has_a_place(name, one, sample):
             text = (
                 f"{_clean(name):<{_NAME}}{one.state:<10}{_or_dash(one.pid):>8}{_duration(one.uptime_seconds):>10}"
                 f"{_or_dash(one.restarts):>10}{_time(one.answer_seconds):>12}  {_remark(name, one, sample)}"
@@ -57,10 +57,12 @@ def _components(sample: Sample) -> list[Line]:
     return [*lines, Line("")]
 
 
-def _is_superseded(one: Process, sample: Sample) -> bool:
-    """Whether another one has come in its place: a standby that became the executor, a frontend's successor."""
+def _has_a_place(name: str, one: Process, sample: Sample) -> bool:
+    """One that is down loses its place, in time, to another of its kind: a frontend to its successor."""
+    if one.pid is not None or (one.gone_seconds is not None and one.gone_seconds <= _REMEMBERED_SECONDS):
+        return True
     others = any(other.kind == one.kind and other.pid is not None for other in sample.components.values())
-    return one.pid is None and others and (one.gone_seconds is None or one.gone_seconds > _REMEMBERED_SECONDS)
+    return name == one.kind and not others
 
 
 def _remark(name: str, one: Process, sample: Sample) -> str:
@@ -70,7 +72,7 @@ def _remark(name: str, one: Process, sample: Sample) -> str:
         return "does not answer"
     if name == "kvmanager" and sample.executor_attached is False:
         return "no executor is attached"
-    if name == "executor" and one.pid is not None and sample.epoch is not None:
+    if name == "executor" and sample.executor_attached:
         return f"epoch {sample.epoch}"
     return ""
 

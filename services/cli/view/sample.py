@@ -28,7 +28,7 @@ class Process:
     pid: int | None
     state: str
     uptime_seconds: float | None
-    restarts: int | None  # processes before this one, or before the one that is awaited
+    restarts: int | None  # processes of this name before it, or before the last one
     answer_seconds: float | None  # None: it was not asked, or said nothing
     is_silent: bool  # it serves, and said nothing
     gone_seconds: float | None  # since it was last seen; None: it runs, or was never seen
@@ -128,7 +128,12 @@ def compare(before: Reading | None, after: Reading, seen: Mapping[str, int]) -> 
     return Sample(
         time=after.time,
         seconds=pair.seconds,
-        components={one.name: _process(one, after, seen.get(one.name)) for one in after.components},
+        components={
+            one.name: _process(one, after, seen.get(one.name))
+            for one in after.components
+            # Others that are down may have been so for days: a standby that became the executor is, by that name.
+            if not one.is_down or one.name == one.kind or one.name in seen
+        },
         epoch=manager.now("epoch"),
         executor_attached=manager.now("executor_attached"),
         integrity_findings=sum(one.findings for one in after.components),

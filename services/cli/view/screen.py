@@ -119,7 +119,7 @@ class Screen(Waiting):
         """Draws what is now, over what was."""
         lines = self._draw(*window())
         drawn = [f"{_STYLES[style]}{text}{_PLAIN}{_REST_OF_LINE}" for text, style in lines]
-        _write(_HOME + "\r\n".join(drawn) + _REST_OF_SCREEN)
+        _write(_HOME + "\n".join(drawn) + _REST_OF_SCREEN)
 
     def _press(self) -> None:
         assert self._keys is not None

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 
+from pagehold.v1 import inference_pb2 as api
+from pagehold.v1 import inference_pb2_grpc as api_grpc
 from tests.conftest import COMMAND, Stack
 from tests.faults.streams import Load, request
 
@@ -57,8 +60,16 @@ def unsupervised(stack: Stack) -> Iterator[None]:
         stack.process.send_signal(signal.SIGCONT)
 
 
-def is_generating(found: Sample) -> bool:
-    return (found["tokens"]["generated_per_second"] or 0) > 0
+def is_at_work(found: Sample) -> bool:
+    """On all four streams."""
+    generating = (found["tokens"]["generated_per_second"] or 0) > 0
+    return generating and found["sequences"]["running"] == found["streams"]["open"] == 4
+
+
+def cancel(stack: Stack, messages: list[api.GenerateRequest]) -> None:
+    with grpc.insecure_channel(stack.address) as channel:
+        for message in messages:
+            api_grpc.InferenceServiceStub(channel).Cancel(api.CancelRequest(request_id=message.request_id))
 
 
 def row(stack: Stack, name: str) -> str:
@@ -75,7 +86,7 @@ async def test_what_dies_keeps_its_place_and_comes_back(start_stack: Callable[..
     load = asyncio.create_task(Load(stack.address, messages, resume=True).answers())
     top = Top(stack)
     try:
-        at_work = await top.until(lambda one: one["sequences"]["running"] == 4 and is_generating(one))
+        at_work = await top.until(is_at_work)
         assert {one["state"] for one in at_work["components"].values()} == {"ready"}
         assert {name: one["pid"] for name, one in at_work["components"].items()} == stack.pids()
         assert {one["restarts"] for one in at_work["components"].values()} == {0}
@@ -99,11 +110,12 @@ async def test_what_dies_keeps_its_place_and_comes_back(start_stack: Callable[..
             assert dead["pages"]["total"] == at_work["pages"]["total"]
             assert row(stack, component).split()[1:3] == ["down", "-"]
 
-        back = await top.until(lambda one: one["components"][component]["state"] == "ready" and is_generating(one))
+        back = await top.until(lambda one: one["components"][component]["state"] == "ready" and is_at_work(one))
         assert back["components"][component]["pid"] not in (None, pid)
         assert back["components"][component]["restarts"] == 1
         assert row(stack, component).split()[1] == "ready"
-        load.cancel()
+        cancel(stack, messages)
+        await load
         idle = await top.until(lambda one: not one["outputs"] and one["streams"]["open"] == 0)
         assert idle["pages"]["used"] == 0 and idle["epoch"] == (2 if component == "executor" else 1)
     finally:

@@ -185,7 +185,6 @@ class _Pair:
     def __init__(self, before: Reading | None, after: Reading) -> None:
         self._before = before
         self._after = after
-        self._since = {} if before is None else {one.name: one.started_ns for one in before.components}
         self.seconds = None if before is None else (after.at_ns - before.at_ns) / 1e9
 
     def of(self, name: str) -> _Counters:
@@ -198,8 +197,7 @@ class _Pair:
         if process.started_ns > self._before.at_ns:
             return _Counters(answer.message, _ASKED[process.kind]())
         former = self._before.answers.get(name)
-        same = self._since.get(name) == process.started_ns
-        return _Counters(answer.message, former.message if former is not None and same else None)
+        return _Counters(answer.message, None if former is None else former.message)
 
 
 def _process(one: Component, reading: Reading, seen_ns: int | None) -> Process:

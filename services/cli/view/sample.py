@@ -54,7 +54,7 @@ class Steps:
     seconds: float | None  # of one
     sequences: float | None  # of one
     tokens: float | None  # of one: of prompts and sampled
-    busy: float | None  # share of the time
+    busy: float | None  # share of the time; a step counts where it ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,8 @@ def compare(before: Reading | None, after: Reading, seen: Mapping[str, int]) -> 
             seconds=_ratio(busy, steps),
             sequences=_ratio(executor.grown("step_sequences"), steps),
             tokens=_ratio(positions, steps),
-            busy=_ratio(busy, pair.seconds),
+            # A long step that began before the earlier reading would make it more than all of it.
+            busy=_ratio(None if busy is None or pair.seconds is None else min(busy, pair.seconds), pair.seconds),
         ),
         pages=_pages(manager, executor),
         prefix_hits=_share(manager, "prefix_hit_tokens", "prefix_query_tokens"),

@@ -104,6 +104,10 @@ def test_rates_are_of_the_time_between_two_readings() -> None:
     assert process.answer_seconds == 0.002 and not process.is_silent and process.gone_seconds is None
 
 
+def test_no_executor_is_busier_than_always() -> None:
+    assert sample(after=reading(AFTER, executor=ex.GetLoadResponse(steps=401, step_seconds=12.5))).steps.busy == 1
+
+
 def test_the_first_look_knows_no_rate() -> None:
     found = compare(None, reading(AFTER, executor=LOAD, kvmanager=STATS, frontend=TALLY), {})
     assert found.seconds is None and found.tokens.generated_per_second is None and found.steps.seconds is None

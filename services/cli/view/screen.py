@@ -62,10 +62,17 @@ class Waiting:
         self._far.close()
 
     def wait(self, until: float) -> None:
-        """until: CLOCK_MONOTONIC, seconds. Raises Ended."""
-        while (seconds := until - time.monotonic()) > 0:
-            select.select([self._near], [], [], seconds)
-            self._take()
+        """until: CLOCK_MONOTONIC, seconds. What has come is heard also when that is over. Raises Ended."""
+        while True:
+            seconds = max(until - time.monotonic(), 0)
+            self._hear(seconds)
+            if not seconds:
+                return
+
+    def _hear(self, seconds: float) -> None:
+        """What comes first, if anything does within so many seconds."""
+        select.select([self._near], [], [], seconds)
+        self._take()
 
     def _take(self) -> None:
         try:
@@ -106,18 +113,19 @@ class Screen(Waiting):
         finally:
             super().__exit__()
 
-    def wait(self, until: float) -> None:
-        """Draws anew when the window changes. Raises Ended, with code 0 for q."""
-        while (seconds := until - time.monotonic()) > 0:
-            sources: list[Any] = [self._near] if self._keys is None else [self._near, self._keys]
-            ready, _, _ = select.select(sources, [], [], seconds)
-            self._take()
-            if self._keys in ready:
-                self._press()
+    def _hear(self, seconds: float) -> None:
+        """Draws anew when the window changes; q ends it with code 0."""
+        sources: list[Any] = [self._near] if self._keys is None else [self._near, self._keys]
+        ready, _, _ = select.select(sources, [], [], seconds)
+        self._take()
+        if self._keys in ready:
+            self._press()
 
     def show(self) -> None:
         """Draws what is now, over what was."""
-        lines = self._draw(*window())
+        width, height = window()
+        # The last column stays empty: a cursor that cannot go on stands there on the letter, and would erase it.
+        lines = self._draw(width - 1, height)
         drawn = [f"{_STYLES[style]}{text}{_PLAIN}{_REST_OF_LINE}" for text, style in lines]
         _write(_HOME + "\n".join(drawn) + _REST_OF_SCREEN)
 

@@ -22,6 +22,7 @@ import pytest
 from kvmanager.service import Manager
 from pagehold.runtime.progress import Progress, State
 from pagehold.runtime.statedir import StateDir
+from services.cli.view.screen import Ended, Waiting
 from tests.conftest import COMMAND
 from tests.unit.cli.command import Command
 
@@ -135,7 +136,7 @@ def test_it_is_drawn_anew_as_the_window_becomes(slow: Terminal) -> None:
     slow.resize(40, 8)
     slow.until("\x1b[H")
     shown = rows(slow.until("\x1b[J"))
-    assert len(shown) == 8 and max(map(len, shown)) == 40
+    assert len(shown) == 8 and max(map(len, shown)) == 39
     slow.resize(100, 30)
     slow.until("\x1b[H")
     assert len(rows(slow.until("\x1b[J"))) == len(whole)
@@ -153,6 +154,15 @@ def test_a_signal_ends_it_and_the_terminal_is_as_it_was(terminal: Terminal, keys
     assert terminal.end() == 128 + number
     assert terminal.text.endswith("\x1b[?25h\x1b[?1049l") and "Traceback" not in terminal.text
     assert termios.tcgetattr(terminal.far) == terminal.modes
+
+
+def test_it_can_be_ended_when_a_look_takes_longer_than_the_interval() -> None:
+    """As beside processes that do not answer."""
+    with Waiting() as waiting:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Ended) as end:
+            waiting.wait(time.monotonic() - 1)
+    assert end.value.code == 128 + signal.SIGTERM
 
 
 def test_ctrl_z_gives_the_terminal_back_for_a_while(terminal: Terminal) -> None:

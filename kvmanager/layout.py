@@ -37,17 +37,21 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvmanager.logwords import (
+    FLAG_LOGPROBS,
+    LAYOUT_VERSION,
+    LOG_HEADER_WORDS,
+    LOG_MAGIC,
+    OUTPUT_WORDS,
+    output_nbytes,
+)
+
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 F32 = npt.NDArray[np.float32]
 
-LAYOUT_VERSION: Final = 3
 TABLES_MAGIC: Final = 0x50414745484F4C44  # "PAGEHOLD"
-LOG_MAGIC: Final = 0x50414745484C4F47  # "PAGEHLOG"
 HEADER_WORDS: Final = 64
-LOG_HEADER_WORDS: Final = 8
-OUTPUT_WORDS: Final = 8
-FLAG_LOGPROBS: Final = 1
 MOST_PINS: Final = 64  # rows that only pinned prefixes use, behind those for sequences
 PIN_NAME_WORDS: Final = 32
 NO_PAGE: Final = 0  # the reserved id: `none` entries name it, no row ever gets it
@@ -361,8 +365,7 @@ class RequestLog:
 
     @staticmethod
     def nbytes(outputs: int, capacity: int, logprobs: bool) -> int:
-        column = -(-capacity * 4 // 64) * 64
-        return LOG_HEADER_WORDS * 8 + outputs * (OUTPUT_WORDS * 8 + column * (2 if logprobs else 1))
+        return LOG_HEADER_WORDS * 8 + outputs * output_nbytes(capacity, logprobs)
 
     @classmethod
     def create(

@@ -19,13 +19,13 @@ from kvmanager.errors import Refusal, Refused
 from kvmanager.geometry import HOST, Place, read_fingerprint, read_geometry, read_place, read_shape
 from kvmanager.layout import (
     HEADER_WORDS,
-    LAYOUT_VERSION,
     TABLES_MAGIC,
     Geometry,
     Header,
     PoolKind,
     Tables,
 )
+from kvmanager.logwords import LAYOUT_VERSION
 from kvmanager.renewal import name, renew
 from pagehold.runtime.mapping import allocate
 from pagehold.runtime.memory import available_bytes

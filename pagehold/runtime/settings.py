@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -208,6 +208,26 @@ class StatusSettings(StateDirSettings):
     """What runs, read from the state folder."""
 
     json_: bool = Field(False, validation_alias="json", description="print JSON")
+
+
+class TopSettings(StateDirSettings):
+    """What runs and what it does, once and again: like top. Where standard output is no terminal, frame by frame."""
+
+    interval: float = Field(1.0, ge=0.1, le=3600, description="seconds from one look to the next")
+    count: int | None = Field(None, ge=1, description="end after so many frames; default: until q or Ctrl-C")
+    once: bool = Field(False, description="one frame, after one interval")
+    json_: bool = Field(False, validation_alias="json", description="print JSON, one object a line")
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.once and self.count is not None:
+            raise ValueError("--once is --count 1: give one of them")
+        return self
+
+    @property
+    def frames(self) -> int | None:
+        """How many; None: until somebody ends it."""
+        return 1 if self.once else self.count
 
 
 class HealthSettings(StateDirSettings):

@@ -33,6 +33,7 @@ from pagehold.runtime.settings import (
     Settings,
     StatusSettings,
     SupervisorSettings,
+    TopSettings,
     TortureSettings,
     UpSettings,
 )
@@ -60,6 +61,7 @@ COMMANDS: Final = {
     "generate": Command("stream one answer to the terminal", GenerateSettings, "services.cli.generate"),
     "chat": Command("talk to the model", ClientSettings, "services.cli.chat"),
     "status": Command("what runs here, and what it holds", StatusSettings, "services.cli.status"),
+    "top": Command("the same, live, and how fast it goes", TopSettings, "services.cli.top"),
     "health": Command("whether one component does its work", HealthSettings, "services.cli.health"),
     "fsck": Command("check a state folder, live or dead; mend a dead one", FsckSettings, "services.cli.fsck"),
     "pools": Command("state folders, and what dead owners left", PoolsSettings, "services.cli.pools"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any, Final
 
 import numpy as np
@@ -12,13 +11,10 @@ from kvmanager.geometry import read_shape
 from kvmanager.keys import words_key
 from kvmanager.layout import HEADER_WORDS, LOW32, NO_PAGE, U64, Header, RequestLog, RowState, Tables, index_of
 from pagehold.kv.v1 import kv_manager_pb2 as kv
-from pagehold.runtime.lock import is_held
-from pagehold.runtime.process import is_alive, is_elsewhere
-from pagehold.runtime.progress import State, read_progress
 from pagehold.runtime.settings import StatusSettings
 from pagehold.runtime.statedir import StateDir
+from services.cli.components import KINDS, Component, look
 
-COMPONENTS: Final = ("frontend", "kvmanager", "executor")  # always shown; more of a kind while they run
 _MOST_RECORDS: Final = 2000  # looked at, the newest first
 
 
@@ -42,31 +38,22 @@ def collect(state: StateDir) -> dict[str, Any]:
 
 def _components(state: StateDir, tables: Tables | None) -> dict[str, dict[str, Any]]:
     """By name, those of one kind together."""
-    found = {}
-    for kind in COMPONENTS:
-        found[kind] = _component(state, kind, tables)
-        more = (path.stem for path in state.root.glob(f"{kind}-*.progress"))
-        for name in sorted(more, key=lambda name: (len(name), name)):
-            # A standby that has become the executor is down under its former name.
-            if (one := _component(state, name, tables))["state"] != State.DOWN.label:
-                found[name] = one
-    return found
+    # A standby that has become the executor is down under its former name.
+    return {one.name: _fields(one, tables) for one in look(state) if one.name in KINDS or not one.is_down}
 
 
-def _component(state: StateDir, name: str, tables: Tables | None) -> dict[str, Any]:
-    view = read_progress(state.progress(name))
-    lock = {"kvmanager": state.manager_lock, "executor": state.executor_lock}.get(name)
-    if view is None or not is_alive(view) or (lock is not None and is_elsewhere(view) and not is_held(lock)):
-        return {"pid": None, "state": State.DOWN.label}
+def _fields(one: Component, tables: Tables | None) -> dict[str, Any]:
+    if one.is_down:
+        return {"pid": None, "state": one.state.label}
     found: dict[str, Any] = {
-        "pid": view.pid,
-        "state": (State.STALLED if view.overdue else view.state).label,
-        "uptime_seconds": round((time.monotonic_ns() - view.started_ns) / 1e9, 1),
+        "pid": one.pid,
+        "state": one.state.label,
+        "uptime_seconds": round(one.uptime_seconds, 1),
     }
-    if name in ("kvmanager", "executor") and tables is not None:
+    if one.name in ("kvmanager", "executor") and tables is not None:
         found["epoch"] = int(tables.header[Header.EPOCH])
-    if name == "kvmanager":
-        found["integrity_findings"] = view.findings
+    if one.name == "kvmanager":
+        found["integrity_findings"] = one.findings
     return found
 
 

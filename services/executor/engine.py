@@ -89,6 +89,9 @@ class Engine:
         self.decode_tokens = 0
         self.draft_tokens = 0  # tried
         self.accepted_tokens = 0  # of them, that were right
+        self.steps = 0
+        self.step_sequences = 0  # of all steps together
+        self.step_seconds = 0.0
         self._send = send
         self._clock = clock
         self._hang_seconds = hang_seconds
@@ -226,7 +229,11 @@ class Engine:
                 publisher.mark(sequence)
         self.decode_tokens += decoded
         self.prefill_tokens += plan.positions - decodes - dropped
-        self._pace.learn(plan.positions + plan.drafts, self._clock() - self._began)
+        seconds = self._clock() - self._began
+        self.steps += 1
+        self.step_sequences += len(plan.chunks)
+        self.step_seconds += seconds
+        self._pace.learn(plan.positions + plan.drafts, seconds)
         self.progress.end_turn(committed, self._hang_seconds)
 
     def _accept(self, plan: Plan, result: StepResult) -> Iterator[tuple[int, int, float]]:

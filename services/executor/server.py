@@ -91,6 +91,9 @@ class ExecutorServicer(ex_grpc.ExecutorServiceServicer):
             preemptions=self._engine.pages.preemptions,
             draft_tokens=self._engine.draft_tokens,
             accepted_tokens=self._engine.accepted_tokens,
+            steps=self._engine.steps,
+            step_sequences=self._engine.step_sequences,
+            step_seconds=self._engine.step_seconds,
         )
 
     async def Connect(

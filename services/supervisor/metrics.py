@@ -74,6 +74,9 @@ def of_executor(load: ex.GetLoadResponse) -> list[Metric]:
         _counter("pagehold_preemptions", "Rows taken away for want of pages.", load.preemptions),
         _counter("pagehold_draft_tokens", "Guesses at coming tokens that were tried.", load.draft_tokens),
         _counter("pagehold_accepted_tokens", "Those of them that were right.", load.accepted_tokens),
+        _counter("pagehold_steps", "Steps computed.", load.steps),
+        _counter("pagehold_step_sequences", "Sequences in those steps, all together.", load.step_sequences),
+        _counter("pagehold_step_seconds", "Seconds that those steps took, all together.", load.step_seconds),
     ]
 
 

@@ -201,6 +201,18 @@ def test_a_kill_costs_no_prefill(root: Path) -> None:
     assert world.engine.prefill_tokens == 0
 
 
+def test_steps_are_counted_with_their_sequences_and_seconds(root: Path) -> None:
+    world = World(root)
+    frontend = world.connect()
+    for number in (1, 2, 3):
+        world.submit(frontend, number, prompt_of(number, 20), 30)
+    world.run()
+    engine = world.engine
+    assert engine.steps == world.runner.steps >= 30
+    assert engine.step_sequences == engine.decode_tokens + 3, "one for each token: each prompt is one chunk"
+    assert engine.step_seconds > 0
+
+
 def test_resume_describes_and_checks_offsets(root: Path) -> None:
     world = World(root)
     frontend = world.connect()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,26 @@ def test_the_next_process_starts_from_zero(tmp_path: Path) -> None:
     Progress(path)
     view = read_progress(path)
     assert view is not None and (view.turn, view.deadline_ns, view.committed) == (0, 0, 0)
+
+
+def test_starts_are_counted_over_processes_and_releases(tmp_path: Path) -> None:
+    path = tmp_path / "executor.progress"
+    Progress(path)
+    Progress(path)
+    view = read_progress(path)
+    assert view is not None and view.starts == 2
+    with path.open("r+b") as file:
+        file.truncate(9 * 8)  # of a release that did not count
+    view = read_progress(path)
+    assert view is not None and view.pid == os.getpid() and view.starts == 0
+    Progress(path)
+    view = read_progress(path)
+    assert view is not None and view.starts == 1
+
+
+def test_a_look_needs_no_numpy() -> None:
+    code = "import sys, pagehold.runtime.process; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("words", [[], [1, 2], [1, 77, 0, 0, 0, 0, 0, 0]])

@@ -27,13 +27,15 @@ def test_every_figure_of_manager_and_executor_comes_once() -> None:
         executor_attached=True, prefix_hit_tokens=18, prefix_query_tokens=19, pinned_pages=20, integrity_findings=21,
     )  # fmt: skip
     load = ex.GetLoadResponse(
-        running=1, waiting=2, prefill_tokens=5, decode_tokens=6, preemptions=7, draft_tokens=8, accepted_tokens=9
-    )
+        running=1, waiting=2, prefill_tokens=5, decode_tokens=6, preemptions=7, draft_tokens=8, accepted_tokens=9,
+        steps=22, step_sequences=23, step_seconds=24.5,
+    )  # fmt: skip
     assert sorted(samples(metrics.of_manager(stats)).values()) == [1, *range(11, 22)]
     found = samples(metrics.of_executor(load))
     assert found[("pagehold_sequences_waiting",)] == 2
     assert found[("pagehold_accepted_tokens_total",)] == 9
-    assert sorted(found.values()) == [1, 2, 5, 6, 7, 8, 9]
+    assert found[("pagehold_step_seconds_total",)] == 24.5
+    assert sorted(found.values()) == [1, 2, 5, 6, 7, 8, 9, 22, 23, 24.5]
 
 
 def test_processes_are_told_apart() -> None:

@@ -105,7 +105,9 @@ LABEL org.opencontainers.image.title="Pagehold executor for CPUs" \
 # Behind all others: a builder without BuildKit makes every stage before the one it is asked for.
 FROM requirements AS cuda
 COPY --from=lists /lists/requirements-cuda13.txt /tmp/
-RUN python3 -m pip --python /opt/pagehold install -r /tmp/requirements-cuda13.txt
+# One after the other, torch first: given all at once, Debian 12's pip takes the newest of CUDA's libraries, and loads
+# one torch after the other for want of one that goes with them.
+RUN xargs --max-args=1 python3 -m pip --python /opt/pagehold install < /tmp/requirements-cuda13.txt
 
 
 FROM component AS executor-cuda

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,6 +115,14 @@ def test_images_are_targets() -> None:
         # Each can be built: an image that is shared is not looked for in a registry by who does not build it.
         image = service["image"].rpartition("/")[2].partition(":")[0]
         assert image in targets and service["build"]["target"] == image, name
+
+
+def test_torch_settles_the_release_of_cudas_libraries() -> None:
+    """Else pip, where it is Debian 12's, loads every torch there is in search of one that goes with the newest."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["cuda13"]
+    assert wanted[0].startswith("torch")
+    (line,) = re.findall(r"(?m)^RUN (.*requirements-cuda13.txt)$", (ROOT / "Dockerfile").read_text())
+    assert line.startswith("xargs --max-args=1 ")  # one after the other
 
 
 def test_what_is_mounted_is_there() -> None:

@@ -168,15 +168,14 @@ def usable_pool_bytes(state: StateDir, request: kv.AttachRequest) -> int:
     return 0 if different else there.pages * there.page_bytes
 
 
-def _platform(settings: ExecutorSettings) -> Platform:
-    """Raises ConfigurationError where there is no GPU to be used."""
+def require_gpu(settings: ExecutorSettings) -> None:
+    """Puts nothing on it. Raises ConfigurationError where there is none, or nothing that drives it."""
     if settings.cuda_driver:
-        stand_in: Platform = import_module(settings.cuda_driver).make_platform()
-        return stand_in
+        return
     try:
         import torch
 
-        from services.executor.runner.cuda.gpu_platform import GpuPlatform
+        import services.executor.runner.cuda.gpu_platform  # noqa: F401 - needs CuPy
     except ImportError as error:
         raise ConfigurationError(f"--device cuda needs torch and CuPy; {_INSTALL}") from error
     if not torch.cuda.is_available():
@@ -184,4 +183,14 @@ def _platform(settings: ExecutorSettings) -> Platform:
             "torch sees no GPU: is there an NVIDIA driver, and is this torch a build for CUDA? "
             f"{_INSTALL[:1].upper()}{_INSTALL[1:]}"
         )
+
+
+def _platform(settings: ExecutorSettings) -> Platform:
+    """Raises ConfigurationError where there is no GPU to be used."""
+    require_gpu(settings)
+    if settings.cuda_driver:
+        stand_in: Platform = import_module(settings.cuda_driver).make_platform()
+        return stand_in
+    from services.executor.runner.cuda.gpu_platform import GpuPlatform
+
     return GpuPlatform(0)

@@ -64,6 +64,7 @@ def main(settings: ExecutorSettings) -> int:
         state = StateDir.prepare(settings.state_dir)
         failpoint.arm_once(state.failpoints("executor"))
         tenure = Tenure(state, settings.hang_seconds)
+        require_device(settings)
         model = open_model(settings.model, weights=wanted_weights(settings))
         executor = _Executor(settings, state, tenure, model)
     except (ConfigurationError, ModelError, StateDirError, failpoint.FailpointSyntaxError) as error:
@@ -336,6 +337,14 @@ def _on_cuda(settings: ExecutorSettings) -> bool:
     from services.executor import cuda_backend
 
     return settings.device == "cuda" or (settings.device == "auto" and cuda_backend.is_there())
+
+
+def require_device(settings: ExecutorSettings) -> None:
+    """Before a model is converted for it, which can take minutes. Raises ConfigurationError."""
+    if _on_cuda(settings):
+        from services.executor import cuda_backend
+
+        cuda_backend.require_gpu(settings)
 
 
 def wanted_weights(settings: ExecutorSettings) -> Weights:

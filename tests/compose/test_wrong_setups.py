@@ -89,6 +89,7 @@ def test_no_gpu(start: Start) -> None:
     mounts = ("--tmpfs", "/run/pagehold:uid=10001", "--tmpfs", "/cache:uid=10001")
     container = start("executor", *mounts, "--env", "PAGEHOLD_DEVICE=cuda")
     ends(container, "--device cuda")
+    assert "converting" not in logs(container)
 
 
 def test_no_room_for_a_converted_model(start: Start) -> None:

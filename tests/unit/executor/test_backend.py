@@ -66,6 +66,15 @@ def test_a_gpu_that_is_not_there_is_said_to_be_missing(tmp_path: Path, model: Pa
         made(tmp_path, model, device="cuda")
 
 
+def test_a_missing_gpu_is_said_before_a_model_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(main, "open_model", lambda *_, **__: pytest.fail("which takes minutes"))
+    assert main.main(ExecutorSettings(state_dir=tmp_path / "state", device="cuda")) == main.EXIT_CONFIG
+    assert capsys.readouterr().err.count("use --device cpu") == 1
+
+
 def test_an_installation_for_cpus_says_what_is_missing(
     tmp_path: Path, model: PackedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

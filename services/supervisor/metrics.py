@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
+import grpc
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -91,8 +92,9 @@ def of_frontends(tallies: Mapping[str, admin.GetTallyResponse]) -> list[Metric]:
     for name, tally in tallies.items():
         opened.add_metric([name], tally.open)
         waiting.add_metric([name], tally.waiting)
-        for code, count in sorted(tally.ended.items()):
-            ended.add_metric([name, code], count)
+        # All codes, also those that have not been: a rate cannot see the first answer of a series that begins with it.
+        for code in sorted({one.name for one in grpc.StatusCode} | set(tally.ended)):
+            ended.add_metric([name, code], tally.ended.get(code, 0))
         ends = [*(str(bound) for bound in tally.bounds), "+Inf"]
         first.add_metric([name], list(zip(ends, accumulate(tally.counts), strict=True)), tally.seconds)
     return [opened, waiting, ended, first]

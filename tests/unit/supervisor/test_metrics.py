@@ -63,3 +63,17 @@ def test_a_histogram_counts_upwards() -> None:
         (f"{first}_sum", "frontend"): 9.5,
     }
     assert found[("pagehold_answers_total", "UNAVAILABLE", "frontend")] == 1
+
+
+def test_every_code_is_there_before_its_first_answer() -> None:
+    """Or a burst of errors that are the first of their kind would be no increase to whoever scrapes."""
+    answers = {
+        labels[0]: value
+        for (name, *labels), value in samples(
+            metrics.of_frontends({"frontend": admin.GetTallyResponse(ended={"OK": 5}, counts=[5])})
+        ).items()
+        if name == "pagehold_answers_total"
+    }
+    assert answers.pop("OK") == 5
+    assert {"INTERNAL", "UNAVAILABLE", "UNKNOWN", "DATA_LOSS", "RESOURCE_EXHAUSTED"} <= answers.keys()
+    assert not any(answers.values())

@@ -63,11 +63,23 @@ def compose_command() -> list[str]:
 
 
 def build(target: str, version: str, context: Path = REPOSITORY) -> None:
-    """An image of these tests. The engine's own builder will do, and arguments can come from outside."""
+    """An image of these tests, of the Dockerfile in `context`."""
+    _build(f"{IMAGES}/{target}:{version}", context, "--target", target, "--build-arg", f"VERSION={version}")
+
+
+def build_prometheus() -> str:
+    """Debian's Prometheus on the same base; the image's name."""
+    name = f"{IMAGES}/prometheus"
+    folder = Path(__file__).parent
+    _build(name, folder, "--file", str(folder / "prometheus.Dockerfile"))
+    return name
+
+
+def _build(tag: str, context: Path, *words: str) -> None:
+    """The engine's own builder will do, and arguments can come from outside."""
     extra = os.environ.get("PAGEHOLD_BUILD_FLAGS", "").split()
-    tag = f"{IMAGES}/{target}:{version}"
-    command = ["docker", "build", "--target", target, "--build-arg", f"VERSION={version}", "--tag", tag, *extra]
-    run(*command, str(context), seconds=1200, DOCKER_BUILDKIT=os.environ.get("DOCKER_BUILDKIT", "0"))
+    buildkit = os.environ.get("DOCKER_BUILDKIT", "0")
+    run("docker", "build", "--tag", tag, *words, *extra, str(context), seconds=1200, DOCKER_BUILDKIT=buildkit)
 
 
 def inspect(name: str) -> dict[str, Any]:
@@ -107,7 +119,7 @@ class Deployment:
 
     def down(self) -> None:
         # A service of a profile that is not named stays, also as an orphan.
-        profiles = ("--profile", "cpu", "--profile", "gpu")
+        profiles = ("--profile", "cpu", "--profile", "gpu", "--profile", "observability")
         self(*profiles, "down", "--volumes", "--timeout", "5", "--remove-orphans", check=False)
         label = f"label=com.docker.compose.project={self.project}"
         assert not run("docker", "ps", "--all", "--quiet", "--filter", label), f"{self.project} is not gone"

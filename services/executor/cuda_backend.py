@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from ctypes import CDLL
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -30,15 +32,14 @@ if TYPE_CHECKING:
     from services.executor.runner.cuda.platform import Platform
 
 GPU_BATCH_TOKENS: Final = 2048
+_DRIVER: Final = "libcuda.so.1"
 _DRIVER_FILES: Final = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # the latter in WSL
 _INSTALL: Final = "install Pagehold with its extra, as in `pip install 'pagehold[cuda13]'`, or use --device cpu"
 
 
 def is_there() -> bool:
     """Whether `--device auto` takes a GPU: there is a driver, and what drives it is installed."""
-    from importlib.util import find_spec
-
-    return any(file.exists() for file in _DRIVER_FILES) and all(find_spec(name) for name in ("torch", "cupy"))
+    return any(file.exists() for file in _DRIVER_FILES) and _is_installed()
 
 
 class CudaBackend(Backend):
@@ -172,17 +173,29 @@ def require_gpu(settings: ExecutorSettings) -> None:
     """Puts nothing on it. Raises ConfigurationError where there is none, or nothing that drives it."""
     if settings.cuda_driver:
         return
-    try:
-        import torch
-
-        import services.executor.runner.cuda.gpu_platform  # noqa: F401 - needs CuPy
-    except ImportError as error:
-        raise ConfigurationError(f"--device cuda needs torch and CuPy; {_INSTALL}") from error
-    if not torch.cuda.is_available():
+    if not _is_installed():
+        raise ConfigurationError(f"--device cuda needs torch and CuPy; {_INSTALL}")
+    # Before torch is loaded, which takes seconds each time that this process is started again.
+    if not _has_driver():
         raise ConfigurationError(
-            "torch sees no GPU: is there an NVIDIA driver, and is this torch a build for CUDA? "
-            f"{_INSTALL[:1].upper()}{_INSTALL[1:]}"
+            f"no NVIDIA driver: {_DRIVER} cannot be loaded here; hand a GPU on, or use --device cpu"
         )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigurationError(f"torch sees no GPU, or is no build for CUDA; {_INSTALL}")
+
+
+def _is_installed() -> bool:
+    return all(find_spec(name) for name in ("torch", "cupy"))
+
+
+def _has_driver() -> bool:
+    try:
+        CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
 
 
 def _platform(settings: ExecutorSettings) -> Platform:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir
-from services.executor import main
+from services.executor import cuda_backend, main
 from services.executor.backend import Backend, ConfigurationError, HostBackend
 from services.executor.cuda_backend import CudaBackend
 from services.executor.inbox import Inbox
@@ -61,9 +62,26 @@ def test_types_of_cpus_are_refused_on_a_gpu(tmp_path: Path, model: PackedModel, 
         made(tmp_path, model, device="cuda", cuda_driver=STAND_IN, **flags)
 
 
-def test_a_gpu_that_is_not_there_is_said_to_be_missing(tmp_path: Path, model: PackedModel) -> None:
-    with pytest.raises(ConfigurationError, match="use --device cpu"):
+@pytest.mark.parametrize(
+    ("is_installed", "has_driver", "said"),
+    [(False, False, "needs torch and CuPy"), (True, False, "no NVIDIA driver"), (True, True, "torch sees no GPU")],
+)
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(
+    tmp_path: Path,
+    model: PackedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    is_installed: bool,
+    has_driver: bool,
+    said: str,
+) -> None:
+    monkeypatch.setattr(cuda_backend, "_is_installed", lambda: is_installed)
+    monkeypatch.setattr(cuda_backend, "_has_driver", lambda: has_driver)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("torch"))
+    with pytest.raises(ConfigurationError, match=f"{said}.* use --device cpu"):
         made(tmp_path, model, device="cuda")
+    # It takes seconds to load, each time that a container is started again.
+    assert bool(asked) == has_driver
 
 
 def test_a_missing_gpu_is_said_before_a_model_is_converted(

@@ -188,11 +188,11 @@ class Visible {
 constexpr uint32_t kSoftenedRows = W;  // lanes of their largest scores and of their sums
 
 // Scores [rows][kPart] of at most kSoftenedRows rows into weights [rows][kPart], up to `count`, a multiple of 32; and
-// into their largest and sum. Positions that a row does not see have weight 0, whatever their score. All: there is
-// none.
+// into their largest and sum, of kSoftenedRows. Positions that a row does not see have weight 0, whatever their score.
+// All: there is none.
 template <bool All>
 inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t rows, uint32_t count, float scale,
-                             uint16_t* weights, float* partials, uint32_t stride) {
+                             uint16_t* weights, float* largest, float* sums) {
   vf joined[kSoftenedRows];
   for (uint32_t row = rows; row < kSoftenedRows; ++row) joined[row] = vf{};
   for (uint32_t row = 0; row < rows; ++row) {
@@ -223,15 +223,13 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
     joined[row] = total;
   }
   fold_all<Sum, W, kSoftenedRows>(joined);
-  for (uint32_t row = 0; row < rows; ++row) {
-    partials[row * stride] = most[row];
-    partials[row * stride + 1] = joined[0][row];
-  }
+  store(largest, most);
+  store(sums, joined[0]);
 }
 
 __attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores, const Seen* seen, uint32_t rows,
-                                                uint32_t count, float scale, uint16_t* weights, float* partials,
-                                                uint32_t stride) {
+                                                uint32_t count, float scale, uint16_t* weights, float* largest,
+                                                float* sums) {
   if (m->logit_softcap != 0.0f) {
     for (uint32_t row = 0; row < rows; ++row)
       for (uint32_t t = seen[row].begin; t < seen[row].end; ++t)
@@ -240,8 +238,8 @@ __attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores,
   }
   bool all = true;
   for (uint32_t row = 0; row < rows; ++row) all = all && seen[row].begin == 0 && seen[row].end == kPart;
-  if (all) return soften_for_tiles<true>(scores, seen, rows, kPart, scale, weights, partials, stride);
-  soften_for_tiles<false>(scores, seen, rows, count, scale, weights, partials, stride);
+  if (all) return soften_for_tiles<true>(scores, seen, rows, kPart, scale, weights, largest, sums);
+  soften_for_tiles<false>(scores, seen, rows, count, scale, weights, largest, sums);
 }
 
 // What rows from `row` on have, and these partials.
@@ -257,56 +255,74 @@ inline void combine_rows(const Rows& rows, uint32_t row, const Seen* seen, uint3
 // --- a piece of work ---
 
 inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
-  const uint32_t d = job->model->head_dim, depth = pad32(d);
+  const uint32_t d = job->model->head_dim, depth = pad32(d), padded = pad16(rows->count);
   const auto take = [&](size_t floats) {
     float* taken = memory;
     memory += floats;
     return taken;
   };
-  uint16_t* queries = reinterpret_cast<uint16_t*>(take(size_t{rows->count} * depth / 2));
-  uint16_t* zeros = reinterpret_cast<uint16_t*>(take(depth / 2));
-  uint16_t* keys = reinterpret_cast<uint16_t*>(take(size_t{depth} / 2 * kPart));
-  uint16_t* values = reinterpret_cast<uint16_t*>(take(size_t{kPairs} * depth));
+  const auto take_halves = [&](size_t count) { return reinterpret_cast<uint16_t*>(take(count / 2)); };
+  uint16_t* queries = take_halves(size_t{rows->count} * depth);
+  uint16_t* zeros = take_halves(depth);
+  uint16_t* keys = take_halves(size_t{depth} * kPart);
+  uint16_t* values = take_halves(size_t{depth} * kPart);
   float* scores = take(kScoredRows * kPart);
-  uint16_t* weights = reinterpret_cast<uint16_t*>(take(kScoredRows * kPairs));
+  uint16_t* weights = take_halves(size_t{rows->count} * kPart);
+  float *largest = take(padded), *sums = take(padded);
   float* partials = take(size_t{kScoredRows} * rows->stride);
+  uint32_t* positions = reinterpret_cast<uint32_t*>(take(padded));
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
   memset(zeros, 0, depth * sizeof(uint16_t));
   for (uint32_t row = 0; row < rows->count; ++row) {
-    const float* from = rows->query(row).projected + size_t{rows->head(row)} * d;
+    const Query& query = rows->query(row);
+    const float* from = query.projected + size_t{rows->head(row)} * d;
     uint16_t* to = queries + size_t{row} * depth;
     over(d, [&](uint32_t i, auto as) { store(to + i, load_as(as, from + i)); });
     memset(to + d, 0, (depth - d) * sizeof *to);
+    positions[row] = query.position;
   }
   uint32_t shaped = 0;
-  over_parts<uint16_t>(job, zeros, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
-    take_keys(part, next, pad32(part.seen.end), d, keys);
-    take_values(part, next, pad32(part.seen.end), d, depth, values);
+  // f(first row, rows, what they see, until where): blocks of rows that see any of a part.
+  const auto over_rows = [&](uint32_t start, auto&& f) {
     for (uint32_t row = 0; row < rows->count; row += kScoredRows) {
       const uint32_t size = rows->count - row < kScoredRows ? rows->count - row : kScoredRows;
       Seen seen[kScoredRows];
       uint32_t count = 0;
       for (uint32_t r = 0; r < size; ++r) {
-        seen[r] = seen_by(job->model, rows->query(row + r).position, start);
+        seen[r] = seen_by(job->model, positions[row + r], start);
         if (seen[r].begin < seen[r].end && seen[r].end > count) count = seen[r].end;
       }
       if (count == 0) continue;
-      count = pad32(count);
       if (size != shaped) shape_tiles(size);
       shaped = size;
-      product(queries + size_t{row} * depth, depth, keys, kPart, scores, kPart, size, count, depth);
-      const auto by_softened = [&](auto&& f) {
-        for (uint32_t r = 0; r < size; r += kSoftenedRows)
-          f(r, size - r < kSoftenedRows ? size - r : kSoftenedRows, partials + r * rows->stride);
-      };
-      by_softened([&](uint32_t r, uint32_t some, float* to) {
-        soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale, weights + r * kPart, to,
-                         rows->stride);
-      });
-      product(weights, kPart, values, depth, partials + kPartialValues, rows->stride, size, depth, count);
-      by_softened(
-          [&](uint32_t r, uint32_t some, const float* of) { combine_rows(*rows, row + r, seen + r, some, of); });
+      f(row, size, seen, pad32(count));
     }
+  };
+  const auto by_softened = [&](uint32_t size, auto&& f) {
+    for (uint32_t r = 0; r < size; r += kSoftenedRows) f(r, size - r < kSoftenedRows ? size - r : kSoftenedRows);
+  };
+  // All weights before any value: keys, then values stay in the first-level cache while rows go by.
+  over_parts<uint16_t>(job, zeros, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
+    take_keys(part, next, pad32(part.seen.end), d, keys);
+    over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
+      product(queries + size_t{row} * depth, depth, keys, kPart, scores, kPart, size, count, depth);
+      by_softened(size, [&](uint32_t r, uint32_t some) {
+        soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale,
+                         weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
+      });
+    });
+    take_values(part, next, pad32(part.seen.end), d, depth, values);
+    over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
+      product(weights + size_t{row} * kPart, kPart, values, depth, partials + kPartialValues, rows->stride, size, depth,
+              count);
+      for (uint32_t r = 0; r < size; ++r) {
+        partials[r * rows->stride] = largest[row + r];
+        partials[r * rows->stride + 1] = sums[row + r];
+      }
+      by_softened(size, [&](uint32_t r, uint32_t some) {
+        combine_rows(*rows, row + r, seen + r, some, partials + r * rows->stride);
+      });
+    });
   });
   drop_tiles();
 }

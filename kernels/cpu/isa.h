@@ -113,11 +113,11 @@ static constexpr uint32_t pad32(uint32_t n) { return (n + 31) / 32 * 32; }
 
 static constexpr uint32_t partial_size(uint32_t head_dim) { return kPartialValues + pad32(head_dim); }
 static constexpr uint32_t attention_queries(uint32_t group) { return kRowBlock > group ? kRowBlock / group : 1; }
-// Floats for either way to attend: zeros, keys and values of a part, its scores and weights; queries and sums of rows.
+// Floats for any way to attend: zeros, keys and values of a part, scores; queries, weights and sums of rows.
 static constexpr uint32_t attention_scratch(uint32_t head_dim, uint32_t group) {
   const uint32_t rows = pad16(attention_queries(group) * group);
   return (2 * kPart + 1) * pad32(head_dim) + 32 * kPart + 16 * partial_size(head_dim) +
-         rows * (pad32(head_dim) + partial_size(head_dim));
+         rows * (pad32(head_dim) + partial_size(head_dim) + kPart / 2 + 4);
 }
 
 const IsaTable* portable_table(bool bfloat16_inputs);

@@ -6,6 +6,7 @@ import json
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from kvmanager.geometry import read_shape
 from kvmanager.keys import words_key
@@ -119,8 +120,8 @@ def _sequences(state: StateDir, rows: dict[tuple[str, int], U64]) -> list[dict[s
             if all(output.ended for output in log.outputs):
                 continue
             record = kv.RequestRecord.FromString(path.read_bytes())
-        except (OSError, ValueError):
-            continue  # forgotten meanwhile
+        except (OSError, ValueError, DecodeError):
+            continue  # forgotten meanwhile, or damaged: fsck says so
         for index, output in enumerate(log.outputs):
             if not output.ended:
                 entries = rows.get((path.stem, index))

@@ -36,6 +36,13 @@ def test_pinned_pages_are_used_pages(pagehold: Command, state: StateDir, manager
     assert "40 of 16 tokens, 38 free, 0 shared, 2 pinned" in pagehold.out
 
 
+def test_a_damaged_record_is_passed_over(pagehold: Command, state: StateDir, manager: Manager) -> None:
+    (state.records / "0.req").write_bytes(b"\xff\xff no message")
+    (state.records / "0.log").write_bytes((state.records / f"{key_of('a')}.log").read_bytes())
+    assert pagehold("status", "--json", "--state-dir", state.root) == 0
+    assert [one["request_id"] for one in json.loads(pagehold.out)["sequences"]] == ["a"]
+
+
 def test_a_pool_on_a_device_is_shown_with_its_device(pagehold: Command, state: StateDir) -> None:
     request = device_request(b"1" * 16, PoolKind.IPC, kv_dtype="fp8_e4m3")
     request.scales.extend([1.0, 0.5])

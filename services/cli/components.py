@@ -49,6 +49,8 @@ def _component(state: StateDir, name: str, kind: str) -> Component:
     view = read_progress(state.progress(name))
     if view is None:
         return Component(name, kind, State.DOWN)
+    if view.state is State.DOWN and name != kind:  # a standby that lives on as the executor
+        return Component(name, kind, State.DOWN, starts=view.starts)
     lock = {"kvmanager": state.manager_lock, "executor": state.executor_lock}.get(name)
     if not is_alive(view) or (lock is not None and is_elsewhere(view) and not is_held(lock)):
         return Component(name, kind, State.DOWN, starts=view.starts)

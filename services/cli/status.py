@@ -39,7 +39,6 @@ def collect(state: StateDir) -> dict[str, Any]:
 
 def _components(state: StateDir, tables: Tables | None) -> dict[str, dict[str, Any]]:
     """By name, those of one kind together."""
-    # A standby that has become the executor is down under its former name.
     return {one.name: _fields(one, tables) for one in look(state) if one.name in KINDS or not one.is_down}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,12 @@ def pool_of(pagehold: Command, state: StateDir) -> dict[str, int]:
     return found
 
 
+def components_of(pagehold: Command, state: StateDir) -> dict[str, dict[str, Any]]:
+    assert pagehold("status", "--json", "--state-dir", state.root) == 0
+    found: dict[str, dict[str, Any]] = json.loads(pagehold.out)["components"]
+    return found
+
+
 def test_pinned_pages_are_used_pages(pagehold: Command, state: StateDir, manager: Manager) -> None:
     # The row shares the two pinned pages and has two of its own.
     assert pool_of(pagehold, state) == {"pages": 40, "free": 36, "shared": 2, "pinned": 2, "page_size": 16}
@@ -34,6 +42,17 @@ def test_pinned_pages_are_used_pages(pagehold: Command, state: StateDir, manager
     assert manager.stats(False).free_pages == 38
     assert pagehold("status", "--state-dir", state.root) == 0
     assert "40 of 16 tokens, 38 free, 0 shared, 2 pinned" in pagehold.out
+
+
+def test_a_standby_that_took_over_is_one_process(pagehold: Command, state: StateDir) -> None:
+    standby = Progress(state.progress("executor-standby"))
+    standby.set_state(State.STANDBY)
+    assert list(components_of(pagehold, state)) == ["frontend", "kvmanager", "executor", "executor-standby"]
+    standby.set_state(State.DOWN)
+    Progress(state.progress("executor")).set_state(State.READY)
+    found = components_of(pagehold, state)
+    assert list(found) == ["frontend", "kvmanager", "executor"]
+    assert found["executor"]["pid"] == os.getpid()
 
 
 def test_a_damaged_record_is_passed_over(pagehold: Command, state: StateDir, manager: Manager) -> None:

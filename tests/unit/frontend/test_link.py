@@ -297,10 +297,10 @@ async def test_outputs_held_for_a_ranking_go_on_where_they_were(frontend: Fronte
     submit = await executor.accept()
     assert (await event(call, "accepted")).request_id == "one"
     ids = tokenizer.encode("some END")
-    executor.say(tokens=step(submit.stream_id, 0, ids, index=0, logprobs=[-2.0] * len(ids)))
-    stop = await executor.hear("stop_at")
-    assert (stop.index, stop.length) == (0, len(ids))
     executor.say(tokens=step(submit.stream_id, 0, [70], index=1, logprobs=[-1.0]))
+    executor.say(tokens=step(submit.stream_id, 0, ids, index=0, logprobs=[-2.0] * len(ids)))
+    stop = await executor.hear("stop_at")  # so both have arrived
+    assert (stop.index, stop.length) == (0, len(ids))
 
     await frontend.restart_executor()
     attach = await executor.hear("attach")

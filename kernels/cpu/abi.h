@@ -2,14 +2,15 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 5u
+#define PAGEHOLD_ABI_VERSION 6u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
 extern "C" {
 
-// How the weights of a linear lie in memory: see packing.py. Whatever it is, they are multiplied as bfloat16.
-enum PhEncoding : uint32_t { kPhBfloat16 = 0, kPhInt8 = 1, kPhInt4 = 2 };
+// How the weights of a linear lie in memory. kPhBfloat16 (packing.py), kPhInt8 and kPhInt4 (blocks.py) are multiplied
+// as bfloat16; kPhIntegers (integers.py) by inputs that are rounded to 8 bits, those of `down` rotated before.
+enum PhEncoding : uint32_t { kPhBfloat16 = 0, kPhInt8 = 1, kPhInt4 = 2, kPhIntegers = 3 };
 
 // What a slot of a page holds of one head: head_dim elements; behind codes of int8 their scale, a float.
 enum PhKvType : uint32_t { kPhKvFloat32 = 0, kPhKvBfloat16 = 1, kPhKvInt8 = 2 };

@@ -11,37 +11,14 @@ namespace {
 
 constexpr uint32_t kDigitRows = 16;          // rows in one product, of two digits each
 constexpr float kMostDigits = 127.0f * 128;  // of an integer of two digits
-constexpr float kLeastRounded = 1e-33f;      // rows whose largest value is less are zeros
-
-constexpr uint32_t pad64(uint32_t n) { return (n + 63) / 64 * 64; }
-
 // --- digits ---
-
-// The largest |value| of a vector's lanes and `most`, as bits; NaN is above all.
-inline vi most_of(vi most, vf values) {
-  const vi bits = reinterpret_cast<vi>(values) & 0x7fffffff;
-  return bits > most ? bits : most;
-}
-
-inline float largest_of(vi most) {
-  int32_t lanes[W], largest = 0;
-  memcpy(lanes, &most, sizeof lanes);
-  for (int32_t lane : lanes) largest = lane > largest ? lane : largest;
-  float value;
-  memcpy(&value, &largest, 4);
-  return value;
-}
 
 inline float inverse_of(float most) { return most < kLeastRounded ? 0.0f : kMostDigits / most; }
 
 inline void store_digits(vf values, float inverse, int8_t* high, int8_t* low) {
-  typedef int8_t digits __attribute__((vector_size(W)));
-  typedef int8_t digits_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
-  const vf shifted = values * inverse + kRounder;
-  const vi whole = reinterpret_cast<vi>(shifted) - reinterpret_cast<vi>(splat(kRounder));
-  const vi upper = (whole + 64) >> 7;
-  *reinterpret_cast<digits_unaligned*>(high) = __builtin_convertvector(upper, digits);
-  *reinterpret_cast<digits_unaligned*>(low) = __builtin_convertvector(whole - (upper << 7), digits);
+  const vi whole = whole_of(values, inverse), upper = (whole + 64) >> 7;
+  store_codes(high, upper);
+  store_codes(low, whole - (upper << 7));
 }
 
 // The sums of both digits, as they lie in what `product` has left.

@@ -26,6 +26,13 @@ namespace {
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
+// How many values of `down`'s inputs are rotated together: see rotation.py.
+uint32_t rotation(uint32_t n) {
+  uint32_t width = 1;
+  while (width < kMostRotated && n % (width * 2 * kRotated) == 0) width *= 2;
+  return width;
+}
+
 struct Results {
   uint32_t* tokens;
   float* logprobs;
@@ -59,7 +66,7 @@ struct PhEngine {
   const IsaTable* isa;
   ThreadPool threads;
   Crew crew;
-  Buffer residual, normed, qkv, attended, product, head_input, logits, scratch, partials, expanded;
+  Buffer residual, normed, codes, factors, qkv, attended, product, head_input, logits, scratch, partials, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
   AttentionPlan attention_plan;
   std::vector<Place> sampled;
@@ -87,11 +94,10 @@ struct PhEngine {
     return expanded.get<uint16_t>(size * threads.size()) + size * thread;
   }
 
-  // Panels in pieces: about four for each thread, and never less than what one claim is worth.
-  template <class F>
-  void over_panels(uint32_t panels, uint32_t rows, F&& f) {
+  // A linear's panels in pieces: about four for each thread, and never less than what one claim is worth.
+  void over_panels(uint32_t panels, const Linear& job, void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
     const uint32_t wanted = threads.used() == 1 ? 1 : threads.used() * 4;
-    const uint32_t least = rows <= 2 ? 2 : 1;
+    const uint32_t least = job.rows <= 2 ? 2 : 1;
     uint32_t size = ceil_div(panels, wanted);
     if (size < least) size = least;
     if (panels > 1000) size = 16;  // the output head: many even pieces
@@ -99,12 +105,17 @@ struct PhEngine {
     const size_t each = threads.size() > 1 ? expanded_of(1) - memory : 0;
     parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t thread) {
       const uint32_t first = piece * size;
-      f(first, first + size < panels ? first + size : panels, memory + each * thread);
+      linear(&job, first, std::min(first + size, panels), memory + each * thread);
     });
   }
 
   void embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride);
-  void norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride);
+  template <class F>
+  void over_rows(uint32_t rows, F&& f);
+  Inputs inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix);
+  void round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread);
+  Inputs rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width);
+  Inputs norm_rows(const float* x, const float* weight, uint32_t rows, const PhMatrix& matrix);
   void layer(uint32_t index, uint32_t rows, float* x);
   void attention(uint32_t index);
   uint32_t plan(const PhChunk* chunks, uint32_t count);
@@ -128,15 +139,48 @@ void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t s
   }
 }
 
-// Into `normed`, in the type that linears take.
-void PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, uint32_t stride) {
-  uint8_t* out = normed.get<uint8_t>(size_t{rows} * stride * isa->input_size);
+// f(row, thread).
+template <class F>
+void PhEngine::over_rows(uint32_t rows, F&& f) {
   const uint32_t size = rows <= 4 ? rows : ceil_div(rows, threads.used() * 4);
-  parallel(ceil_div(rows, size), [&](uint32_t piece, uint32_t) {
-    for (uint32_t r = piece * size; r < rows && r < (piece + 1) * size; ++r)
-      isa->norm(x + size_t{r} * stride, weight, model.hidden, stride, model.rms_norm_eps,
-                out + size_t{r} * stride * isa->input_size);
+  parallel(ceil_div(rows, size), [&](uint32_t piece, uint32_t thread) {
+    for (uint32_t row = piece * size; row < rows && row < (piece + 1) * size; ++row) f(row, thread);
   });
+}
+
+// --- what linears take ---
+
+// The rows [n] of `from`, in the type that linears take, for `matrix`: as they are, or where round_row() puts them.
+Inputs PhEngine::inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix) {
+  if (matrix.encoding != kPhIntegers) return {from, pad32(n), ceil_div(n, 2), nullptr};
+  expanded_of(0);
+  return {codes.get<int8_t>(size_t{rows} * pad64(n)), pad64(n) / 2, ceil_div(n, 4), factors.get<float>(rows)};
+}
+
+void PhEngine::round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread) {
+  const uint8_t* values = static_cast<const uint8_t*>(from) + size_t{row} * pad32(n) * isa->input_size;
+  int8_t* to = codes.get<int8_t>(0) + size_t{row} * pad64(n);
+  float* memory = reinterpret_cast<float*>(expanded_of(thread));
+  factors.get<float>(0)[row] = isa->round_row(values, n, width, pad64(n), memory, to);
+}
+
+Inputs PhEngine::rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width) {
+  const Inputs inputs = inputs_of(from, n, rows, matrix);
+  if (inputs.factors != nullptr)
+    over_rows(rows, [&](uint32_t row, uint32_t thread) { round_row(from, n, row, width, thread); });
+  return inputs;
+}
+
+Inputs PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, const PhMatrix& matrix) {
+  const uint32_t stride = pad32(model.hidden);
+  const size_t bytes = size_t{stride} * isa->input_size;
+  uint8_t* out = normed.get<uint8_t>(rows * bytes);
+  const Inputs inputs = inputs_of(out, model.hidden, rows, matrix);
+  over_rows(rows, [&](uint32_t row, uint32_t thread) {
+    isa->norm(x + size_t{row} * stride, weight, model.hidden, stride, model.rms_norm_eps, out + row * bytes);
+    if (inputs.factors != nullptr) round_row(out, model.hidden, row, 1, thread);
+  });
+  return inputs;
 }
 
 void PhEngine::attention(uint32_t index) {
@@ -179,57 +223,30 @@ void PhEngine::attention(uint32_t index) {
 
 void PhEngine::layer(uint32_t index, uint32_t rows, float* x) {
   const PhLayer& w = layers[index];
-  const uint32_t stride = pad32(model.hidden);
+  const uint32_t stride = pad32(model.hidden), inner = pad32(model.intermediate);
   const uint32_t qkv_outputs = (model.heads + 2 * model.kv_heads) * model.head_dim;
-  const uint32_t head_outputs = model.heads * model.head_dim;
 
-  norm_rows(x, w.attention_norm, rows, stride);
-  const Linear qkv_job{
-      normed.get<uint8_t>(0), rows,       stride,     ceil_div(model.hidden, 2), w.qkv, qkv.get<float>(0), nullptr,
-      pad32(qkv_outputs),     w.qkv_bias, qkv_outputs};
-  over_panels(ceil_div(qkv_outputs, 32), rows,
-              [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear(&qkv_job, a, b, to); });
+  const Linear qkv_job{norm_rows(x, w.attention_norm, rows, w.qkv),
+                       rows,
+                       w.qkv,
+                       qkv.get<float>(0),
+                       nullptr,
+                       pad32(qkv_outputs),
+                       w.qkv_bias,
+                       qkv_outputs};
+  over_panels(ceil_div(qkv_outputs, 32), qkv_job, isa->linear);
 
   attention(index);
 
-  const Linear out_job{attended.get<uint8_t>(0),
-                       rows,
-                       pad32(head_outputs),
-                       ceil_div(head_outputs, 2),
-                       w.attention_output,
-                       x,
-                       nullptr,
-                       stride,
-                       nullptr,
-                       model.hidden};
-  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear_add(&out_job, a, b, to); });
+  const Inputs heads = rounded(attended.get<uint8_t>(0), model.heads * model.head_dim, rows, w.attention_output, 1);
+  over_panels(stride / 32, {heads, rows, w.attention_output, x, nullptr, stride, nullptr, 0}, isa->linear_add);
 
-  norm_rows(x, w.mlp_norm, rows, stride);
-  const uint32_t inner = pad32(model.intermediate);
-  const Linear gate_job{normed.get<uint8_t>(0),
-                        rows,
-                        stride,
-                        ceil_div(model.hidden, 2),
-                        w.gate_up,
-                        nullptr,
-                        product.get<uint8_t>(0),
-                        inner,
-                        nullptr,
-                        0};
-  over_panels(inner / 32, rows,
-              [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear_gate_up(&gate_job, a, b, to); });
+  uint8_t* middle = product.get<uint8_t>(0);
+  const Inputs normed_rows = norm_rows(x, w.mlp_norm, rows, w.gate_up);
+  over_panels(inner / 32, {normed_rows, rows, w.gate_up, nullptr, middle, inner, nullptr, 0}, isa->linear_gate_up);
 
-  const Linear down_job{product.get<uint8_t>(0),
-                        rows,
-                        inner,
-                        ceil_div(model.intermediate, 2),
-                        w.down,
-                        x,
-                        nullptr,
-                        stride,
-                        nullptr,
-                        model.hidden};
-  over_panels(stride / 32, rows, [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear_add(&down_job, a, b, to); });
+  const Inputs products = rounded(middle, model.intermediate, rows, w.down, rotation(model.intermediate));
+  over_panels(stride / 32, {products, rows, w.down, x, nullptr, stride, nullptr, 0}, isa->linear_add);
 }
 
 uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
@@ -268,17 +285,16 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
     if (results.accepted != nullptr) results.accepted[c] = 0;
   }
   if (wanted == 0) return 0;
-  uint8_t* inputs = head_input.get<uint8_t>(size_t{wanted} * stride * isa->input_size);
+  // The rows side by side, then as norm_rows() has all of them.
+  float* last = head_input.get<float>(size_t{wanted} * stride);
   for (uint32_t i = 0; i < wanted; ++i) {
     const uint32_t row = all_logits != nullptr ? i : row_of[sampled[i].chunk] + sampled[i].index;
-    isa->norm(x + size_t{row} * stride, model.final_norm, model.hidden, stride, model.rms_norm_eps,
-              inputs + size_t{i} * stride * isa->input_size);
+    memcpy(last + size_t{i} * stride, x + size_t{row} * stride, size_t{stride} * sizeof(float));
   }
+  const Inputs inputs = norm_rows(last, model.final_norm, wanted, model.output_head);
   float* out = logits.get<float>(size_t{wanted} * vocab_stride);
-  const Linear head_job{inputs,       wanted,  stride,     ceil_div(model.hidden, 2), model.output_head, out, nullptr,
-                        vocab_stride, nullptr, model.vocab};
-  over_panels(ceil_div(model.vocab, 32), wanted,
-              [&](uint32_t a, uint32_t b, uint16_t* to) { isa->linear(&head_job, a, b, to); });
+  over_panels(ceil_div(model.vocab, 32),
+              {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab}, isa->linear);
   if (all_logits != nullptr) {
     for (uint32_t i = 0; i < wanted; ++i)
       memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);

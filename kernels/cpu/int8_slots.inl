@@ -8,8 +8,6 @@ namespace {
 
 constexpr float kLeastStored = 1e-30f;  // a head whose largest value is less is stored as zeros
 
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in the low bits
-
 // NaN and infinity end as a scale that is one.
 inline void store_int8(const float* values, uint32_t n, uint8_t* slot) {
   uint32_t most = 0;  // as bits, which are ordered as the values are, NaN above all

@@ -8,11 +8,16 @@
 
 #include "abi.h"
 
-// Row-major activations; `stride` in elements of the type that `input_size` gives.
-struct Linear {
-  const void* input;  // [rows, stride]: float, or bfloat16 where the table says so
-  uint32_t rows, stride;
-  uint32_t pairs;  // ceil(K / 2)
+// What a linear takes, row-major.
+struct Inputs {
+  const void* at;        // [rows, stride]: float, or bfloat16 where the table says so; with kPhIntegers codes of int8
+  uint32_t stride;       // in elements; of codes in twos
+  uint32_t pairs;        // ceil(K / 2); with kPhIntegers fours, ceil(K / 4)
+  const float* factors;  // [rows], with kPhIntegers alone: what a row's codes are multiplied by
+};
+
+struct Linear : Inputs {
+  uint32_t rows;
   PhMatrix weights;
   float* output;  // [rows, output_stride]
   void* product;  // gate_up only: [rows, output_stride], of the input type
@@ -63,6 +68,9 @@ struct IsaTable {
   void (*linear_gate_up)(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded);
   // RMSNorm of one row into the input type, zero-padded to `padded`.
   void (*norm)(const float* x, const float* weight, uint32_t n, uint32_t padded, float eps, void* out);
+  // A row [n] of that type, rotated as kPhIntegers says, into codes [padded]. width: 1 for rows that are not rotated.
+  // scratch: floats, [padded]. Returns the row's factor.
+  float (*round_row)(const void* row, uint32_t n, uint32_t width, uint32_t padded, float* scratch, int8_t* codes);
   // Query/key norm and rotary of a position's row in place, for one kv head and its queries, then K and V into the
   // page.
   void (*append)(const Attention* job, const Query* query);
@@ -89,16 +97,21 @@ constexpr uint32_t kNoiseBlock = 64;  // tokens whose noise is made at once
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
 
-constexpr uint32_t kPanel = 32;  // outputs of a panel
-constexpr uint32_t kBlock = 32;  // inputs that share a scale
+constexpr uint32_t kPanel = 32;              // outputs of a panel
+constexpr uint32_t kBlock = 32;              // inputs that share a scale
+constexpr uint32_t kPanelHead = 8 * kPanel;  // bytes before the codes of a panel of kPhIntegers
+
+// Vectors of kRotated values that are rotated together, at most.
+constexpr uint32_t kRotated = 16, kMostRotated = 32;
 
 // Bytes of a block of a quantized panel, and of one panel.
 static constexpr size_t packed_block_size(uint32_t encoding) {
   return kPanel * (encoding == kPhInt4 ? 4 + kBlock / 2 : 2 + kBlock);
 }
 static constexpr size_t panel_size(uint32_t encoding, uint32_t pairs) {
-  const size_t blocks = (size_t{pairs} * 2 + kBlock - 1) / kBlock;
-  return encoding == kPhBfloat16 ? size_t{pairs} * 4 * kPanel : blocks * packed_block_size(encoding);
+  const size_t ready = size_t{pairs} * 4 * kPanel, blocks = (size_t{pairs} * 2 + kBlock - 1) / kBlock;
+  if (encoding == kPhIntegers) return kPanelHead + ready;
+  return encoding == kPhBfloat16 ? ready : blocks * packed_block_size(encoding);
 }
 // Two panels, gate and up, as bfloat16, in whole blocks.
 static constexpr size_t expanded_size(uint32_t pairs) { return 2 * (size_t{pairs} + kBlock / 2) * 2 * kPanel; }
@@ -110,6 +123,7 @@ constexpr uint32_t kPartialValues = 16;
 
 static constexpr uint32_t pad16(uint32_t n) { return (n + 15) / 16 * 16; }
 static constexpr uint32_t pad32(uint32_t n) { return (n + 31) / 32 * 32; }
+static constexpr uint32_t pad64(uint32_t n) { return (n + 63) / 64 * 64; }
 
 static constexpr uint32_t partial_size(uint32_t head_dim) { return kPartialValues + pad32(head_dim); }
 static constexpr uint32_t attention_queries(uint32_t group) { return kRowBlock > group ? kRowBlock / group : 1; }

@@ -1,4 +1,4 @@
-// Linear layers over packed weights, multiplied as bfloat16.
+// Linear layers over packed weights: bfloat16, or codes (integers.inl).
 //
 // An output adds its products one after the other in K order, in a single accumulator, whatever the
 // number of rows: how rows and outputs are grouped below changes what is loaded, never what is added.
@@ -19,8 +19,13 @@ constexpr int tile_vectors(int rows) { return W == 16 || rows > 2 ? 2 : 4; }
 // Inputs that one pass over a piece's panels keeps in the second-level cache, beside the panels.
 constexpr uint32_t kInputBytes = 160 << 10;
 
+// Sums are outputs.
+struct Plain {
+  static inline vf output(vf sums, const Linear*, uint32_t, const uint8_t*, uint32_t) { return sums; }
+};
+
 #ifdef BFLOAT16_DOT
-struct Bf16Input {
+struct Bf16Input : Plain {
   typedef uint16_t type;
   template <int R, int V>
   static inline void pair(const uint16_t* x, uint32_t stride, const uint16_t* w, vf (&acc)[R][V]) {
@@ -37,7 +42,7 @@ struct Bf16Input {
 
 constexpr vu kUpper = vu{} + 0xffff0000u;
 
-struct FloatInput {
+struct FloatInput : Plain {
   typedef float type;
   // Adds the products of inputs 0 and 1, in that order. First one for all rows, then the other, and the mask from
   // memory: 12 accumulators leave four of 16 registers, and a spilled accumulator costs a third of the speed.
@@ -110,35 +115,57 @@ void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
   Panels panels(job, 1, expanded);
   over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
     constexpr int R = decltype(count)::value, V = tile_vectors(R);
-    const T* x = static_cast<const T*>(job->input) + size_t{row} * job->stride;
+    const T* x = static_cast<const T*>(job->at) + size_t{row} * job->stride;
     const uint16_t* w = panels.at(p, 0);
     for (uint32_t part = 0; part < kPanelVectors; part += V) {
       const auto sums = tile<Input, R, V>(x, job->stride, job->pairs, w + 2 * W * part);
       float* out = job->output + size_t{row} * job->output_stride + p * kPanel + part * W;
-      for (int r = 0; r < R; ++r, out += job->output_stride)
-        for (int v = 0; v < V; ++v)
-          store(out + v * W, then == Then::kAdd ? load(out + v * W) + sums.at[r][v] : sums.at[r][v]);
+      for (int r = 0; r < R; ++r, out += job->output_stride) {
+        for (int v = 0; v < V; ++v) {
+          const vf y = Input::output(sums.at[r][v], job, row + r, panels.packed(p, 0), (part + v) * W);
+          store(out + v * W, then == Then::kAdd ? load(out + v * W) + y : y);
+        }
+      }
     }
   });
   if (then == Then::kStore) add_bias(job, first, last);
 }
 
-template <class Input>
-void linear_gate_up(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+template <class Input, class Product>
+void gate_up_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
   typedef typename Input::type T;
   Panels panels(job, 2, expanded);
   over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
     constexpr int R = decltype(count)::value, V = tile_vectors(R);
-    const T* x = static_cast<const T*>(job->input) + size_t{row} * job->stride;
+    const T* x = static_cast<const T*>(job->at) + size_t{row} * job->stride;
     const uint16_t *gate = panels.at(p, 0), *up = panels.at(p, 1);
     for (uint32_t part = 0; part < kPanelVectors; part += V) {
       const auto g = tile<Input, R, V>(x, job->stride, job->pairs, gate + 2 * W * part);
       const auto u = tile<Input, R, V>(x, job->stride, job->pairs, up + 2 * W * part);
-      T* out = static_cast<T*>(job->product) + size_t{row} * job->output_stride + p * kPanel + part * W;
-      for (int r = 0; r < R; ++r, out += job->output_stride)
-        for (int v = 0; v < V; ++v) store(out + v * W, silu(g.at[r][v]) * u.at[r][v]);
+      Product* out = static_cast<Product*>(job->product) + size_t{row} * job->output_stride + p * kPanel + part * W;
+      for (int r = 0; r < R; ++r, out += job->output_stride) {
+        for (int v = 0; v < V; ++v) {
+          const uint32_t n = (part + v) * W;
+          store(out + v * W, silu(Input::output(g.at[r][v], job, row + r, panels.packed(p, 0), n)) *
+                                 Input::output(u.at[r][v], job, row + r, panels.packed(p, 1), n));
+        }
+      }
     }
   });
+}
+
+// By what the weights are.
+template <class Input, Then then>
+void linear(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+  if (job->weights.encoding == kPhIntegers) return linear_panels<IntegerInput, then>(job, first, last, expanded);
+  linear_panels<Input, then>(job, first, last, expanded);
+}
+
+template <class Input>
+void linear_gate_up(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+  typedef typename Input::type T;
+  if (job->weights.encoding == kPhIntegers) return gate_up_panels<IntegerInput, T>(job, first, last, expanded);
+  gate_up_panels<Input, T>(job, first, last, expanded);
 }
 
 inline float inverse_rms(const float* x, uint32_t n, float eps) {

@@ -1,14 +1,14 @@
 // Linear layers by tiles.
 //
-// An output adds 32 products at a time, in the order in which the tile instruction does, whatever the number of
-// rows: a block of 32 rows and one of 1 row differ in how many rows the registers have, and in nothing else.
+// An output adds 32 products of bfloat16 at a time, in the order in which the tile instruction does, whatever the
+// number of rows: a block of 32 rows and one of 1 row differ in how many rows the registers have, and in nothing else.
 
 namespace {
 
 constexpr uint32_t kBlockRows = 32;
 constexpr uint32_t kCachedBytes = 3 << 18;  // of inputs, a part of the second-level cache
 constexpr uint32_t kMostRows = 512;         // whose sums by one panel are kept
-constexpr uint32_t kTilePairs = 16;         // pairs of inputs that one instruction takes
+constexpr uint32_t kTilePairs = 16;         // pairs of inputs that one instruction takes, or fours of codes
 constexpr uint32_t kSlicePairs = 320;       // whose weights of a panel stay in the first-level cache
 constexpr uint32_t kFetchAhead = 8192;      // bytes of weights, which come from memory one after the other
 constexpr uint32_t kBlockLines = kBlock * kPanel * sizeof(uint16_t) / 64;
@@ -26,10 +26,13 @@ struct Fetch {
 
 // Where a panel's weights come from, 16 pairs of inputs after 16 pairs.
 
-// Bfloat16 that lies in memory, or was expanded before. Inputs are padded with zeros, panels end: the rest of the last
-// pairs is zeros too.
+// What lies in memory as it is multiplied, or was expanded before. Inputs are padded with zeros, panels end: the rest
+// of the last pairs is zeros too.
+template <bool Integers>
 class Ready {
  public:
+  static constexpr bool kIntegers = Integers;
+
   Ready(const uint16_t* panel, Slice slice, Fetch fetch)
       : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), fetch_(fetch) {}
   const uint16_t* next() {
@@ -58,6 +61,8 @@ class Ready {
 template <uint32_t encoding, bool Kept>
 class Expanding {
  public:
+  static constexpr bool kIntegers = false;
+
   Expanding(const uint8_t* block, uint32_t blocks, uint16_t* to) : block_(block), blocks_(blocks), to_(to) {
     expand_next();
   }
@@ -88,9 +93,16 @@ inline void add_slice(const uint16_t* x, uint32_t stride, uint32_t pairs, Source
     load_tile6(w, 4 * kPanel);
     load_tile7(w + 32, 4 * kPanel);
     if (Both) stream_tile5(x + size_t{16} * stride, size_t{stride} * 2);
-    dot_bfloat16_0();
-    dot_bfloat16_1();
-    if (Both) {
+    if constexpr (Source::kIntegers) {
+      dot_int8_0();
+      dot_int8_1();
+      if (!Both) continue;
+      dot_int8_2();
+      dot_int8_3();
+    } else {
+      dot_bfloat16_0();
+      dot_bfloat16_1();
+      if (!Both) continue;
       dot_bfloat16_2();
       dot_bfloat16_3();
     }
@@ -111,7 +123,7 @@ inline void add_expanding(const Linear* job, const Panels& panels, uint32_t p, u
 // other.
 inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint32_t i, Slice slice, uint32_t row,
                       uint32_t rows, uint32_t turn, uint32_t turns) {
-  const uint16_t* x = static_cast<const uint16_t*>(job->input) + size_t{row} * job->stride + 2 * slice.first;
+  const uint16_t* x = static_cast<const uint16_t*>(job->at) + size_t{row} * job->stride + 2 * slice.first;
   const auto add = [&](auto&& source) {
     if (rows > 16) {
       add_slice<true>(x, job->stride, slice.count, source);
@@ -119,13 +131,14 @@ inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint3
       add_slice<false>(x, job->stride, slice.count, source);
     }
   };
-  if (panels.expanded()) {
+  if (panels.ready()) {
     // Every turn fetches a share of what comes next, so that the memory is never idle.
     const size_t next = size_t{slice.count} * 4 * kPanel;
     const Fetch fetch = {turns == 1 ? kFetchAhead : next, kBlockLines * turn / turns, kBlockLines * (turn + 1) / turns};
-    return add(Ready(panels.bfloat16(p, i), slice, fetch));
+    if (job->weights.encoding == kPhIntegers) return add(Ready<true>(panels.weights(p, i), slice, fetch));
+    return add(Ready<false>(panels.weights(p, i), slice, fetch));
   }
-  if (turn > 0) return add(Ready(panels.kept(i), slice, {}));
+  if (turn > 0) return add(Ready<false>(panels.kept(i), slice, {}));
   if (job->weights.encoding == kPhInt4) return add_expanding<kPhInt4>(job, panels, p, i, slice, add);
   add_expanding<kPhInt8>(job, panels, p, i, slice, add);
 }
@@ -209,6 +222,15 @@ inline void over_rows(const Linear* job, const Panels& panels, F&& f) {
   drop_tiles();
 }
 
+// A block's outputs [rows][kPanel] from its sums in the registers. panel: whose sums they are.
+inline void store_outputs(const Linear* job, const uint8_t* panel, uint32_t row, uint32_t rows, float* to) {
+  store_sums(to, kPanel, rows);
+  if (job->weights.encoding != kPhIntegers) return;
+  for (uint32_t r = 0; r < rows; ++r, to += kPanel)
+    for (uint32_t n = 0; n < kPanel; n += W)
+      store(to + n, scaled(reinterpret_cast<vi>(load(to + n)), job, row + r, head_of(panel), n));
+}
+
 template <Then then>
 void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
   const Panels panels(job, 1, expanded);
@@ -216,11 +238,16 @@ void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* ex
     for (uint32_t p = first; p < last; ++p)
       block.sum(p, 0, [&](uint32_t row, uint32_t rows) {
         float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
-        if (then == Then::kStore) return store_sums(out, job->output_stride, rows);
+        if (then == Then::kStore && job->weights.encoding != kPhIntegers)
+          return store_sums(out, job->output_stride, rows);
         alignas(64) float sums[kBlockRows * kPanel];
-        store_sums(sums, kPanel, rows);
-        for (uint32_t r = 0; r < rows; ++r, out += job->output_stride)
-          for (uint32_t n = 0; n < kPanel; n += W) store(out + n, load(out + n) + load(sums + r * kPanel + n));
+        store_outputs(job, panels.packed(p, 0), row, rows, sums);
+        for (uint32_t r = 0; r < rows; ++r, out += job->output_stride) {
+          for (uint32_t n = 0; n < kPanel; n += W) {
+            const vf y = load(sums + r * kPanel + n);
+            store(out + n, then == Then::kAdd ? load(out + n) + y : y);
+          }
+        }
       });
   });
   if (then == Then::kStore) add_bias(job, first, last);
@@ -231,11 +258,12 @@ void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
   alignas(64) float gates[kMostRows * kPanel];
   over_rows(job, panels, [&](uint32_t start, Block& block) {
     for (uint32_t p = first; p < last; ++p) {
-      block.sum(p, 0,
-                [&](uint32_t row, uint32_t rows) { store_sums(gates + size_t{row - start} * kPanel, kPanel, rows); });
+      block.sum(p, 0, [&](uint32_t row, uint32_t rows) {
+        store_outputs(job, panels.packed(p, 0), row, rows, gates + size_t{row - start} * kPanel);
+      });
       block.sum(p, 1, [&](uint32_t row, uint32_t rows) {
         alignas(64) float ups[kBlockRows * kPanel];
-        store_sums(ups, kPanel, rows);
+        store_outputs(job, panels.packed(p, 1), row, rows, ups);
         const float *gate = gates + size_t{row - start} * kPanel, *up = ups;
         uint16_t* out = static_cast<uint16_t*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
         const auto product = [&](uint32_t n) { return coarse_silu(load(gate + n)) * load(up + n); };

@@ -43,11 +43,20 @@ float bfloat16_to_float(uint16_t half) {
 }
 
 void read_row(const PhMatrix& matrix, uint32_t columns, uint32_t row, float* out) {
-  const uint32_t pairs = (columns + 1) / 2, n = row % kPanel;
+  const uint32_t together = matrix.encoding == kPhIntegers ? 4 : 2;
+  const uint32_t pairs = (columns + together - 1) / together, n = row % kPanel;
   const uint8_t* panel = static_cast<const uint8_t*>(matrix.panels) + row / kPanel * panel_size(matrix.encoding, pairs);
   if (matrix.encoding == kPhBfloat16) {
     const uint16_t* values = reinterpret_cast<const uint16_t*>(panel);
     for (uint32_t k = 0; k < columns; ++k) out[k] = bfloat16_to_float(values[k / 2 * 2 * kPanel + 2 * n + k % 2]);
+    return;
+  }
+  if (matrix.encoding == kPhIntegers) {
+    float scale;
+    memcpy(&scale, panel + 4 * n, 4);
+    const int8_t* codes = reinterpret_cast<const int8_t*>(panel) + kPanelHead;
+    for (uint32_t k = 0; k < columns; ++k)
+      out[k] = round_to_bfloat16(scale * static_cast<float>(codes[k / 4 * 4 * kPanel + 4 * n + k % 4]));
     return;
   }
   const size_t block_size = panel_size(matrix.encoding, kBlock / 2);

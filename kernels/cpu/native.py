@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 5
+ABI_VERSION: Final = 6
 
 
 class NativeError(Exception):
@@ -20,8 +20,8 @@ class NativeError(Exception):
 
 
 _KV_TYPES: Final = {"float32": 0, "bfloat16": 1, "int8": 2}
-# By the element type in which a packed matrix is viewed: bfloat16 panels, or blocks of int8 or int4.
-_ENCODINGS: Final = {np.dtype(np.uint16): 0, np.dtype(np.int8): 1, np.dtype(np.uint8): 2}
+# By the element type in which a packed matrix is viewed: bfloat16 panels, blocks of int8 or int4, integers.
+_ENCODINGS: Final = {np.dtype(np.uint16): 0, np.dtype(np.int8): 1, np.dtype(np.uint8): 2, np.dtype(np.uint32): 3}
 
 
 class _Matrix(Structure):
@@ -206,7 +206,7 @@ class NativeModel:
         library_path: Path | None = None,
     ) -> None:
         """tensors: by the names of a packed model, in place: bfloat16 panels as uint16, int8 blocks as int8, int4
-        blocks as uint8. kv_dtype: of the pages, float32, bfloat16 or int8. Raises NativeError.
+        blocks as uint8, integers as uint32. kv_dtype: of the pages, float32, bfloat16 or int8. Raises NativeError.
         """
         self._library = library(library_path)
         angles = np.arange(shape.max_positions, dtype=np.float32)[:, None] * inverse_frequencies

@@ -122,7 +122,8 @@ class Panels {
   Panels(const Linear* job, uint32_t together, uint16_t* expanded)
       : job_(job), together_(together), expanded_(expanded), blocks_((2 * job->pairs + kBlock - 1) / kBlock) {}
 
-  bool expanded() const { return job_->weights.encoding == kPhBfloat16; }
+  // Nothing is expanded: what lies in memory is multiplied.
+  bool ready() const { return job_->weights.encoding == kPhBfloat16 || job_->weights.encoding == kPhIntegers; }
 
   // As they lie in memory: the i-th of the panels that belong to p.
   const uint8_t* packed(uint32_t p, uint32_t i) const {
@@ -130,13 +131,17 @@ class Panels {
            (size_t{p} * together_ + i) * panel_size(job_->weights.encoding, job_->pairs);
   }
 
-  const uint16_t* bfloat16(uint32_t p, uint32_t i) const { return reinterpret_cast<const uint16_t*>(packed(p, i)); }
+  // Where it lies, if it is ready.
+  const uint16_t* weights(uint32_t p, uint32_t i) const {
+    const size_t head = job_->weights.encoding == kPhIntegers ? kPanelHead : 0;
+    return reinterpret_cast<const uint16_t*>(packed(p, i) + head);
+  }
 
   // Where that one is kept once it is expanded.
   uint16_t* kept(uint32_t i) const { return expanded_ + size_t{i} * blocks_ * kBlockValues; }
 
   const uint16_t* at(uint32_t p, uint32_t i) {
-    if (expanded()) return bfloat16(p, i);
+    if (ready()) return weights(p, i);
     if (held_[i] != p) {
       const uint8_t* block = packed(p, i);
       for (uint16_t *to = kept(i), *end = to + size_t{blocks_} * kBlockValues; to != end; to += kBlockValues)

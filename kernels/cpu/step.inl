@@ -7,7 +7,11 @@
 #include "isa.h"
 #include "vectors.inl"
 //
+#include "codes.inl"
+//
 #include "panels.inl"
+//
+#include "integers.inl"
 //
 #include "linear.inl"
 //
@@ -58,10 +62,11 @@ template <class Input>
 constexpr IsaTable make_table(const char* name) {
   return {name,
           sizeof(typename Input::type),
-          linear_panels<Input, Then::kStore>,
-          linear_panels<Input, Then::kAdd>,
+          linear<Input, Then::kStore>,
+          linear<Input, Then::kAdd>,
           linear_gate_up<Input>,
           norm<Input>,
+          round_row<typename Input::type>,
           append,
           attend<Input>,
           merge<Input>,

@@ -48,8 +48,8 @@ VARIANTS = (
     Variant("bfloat16", Weights.BFLOAT16, False, "bfloat16", "bfloat16"),
     Variant("auto", Weights.FILE, False, "bfloat16", "bfloat16"),
     Variant("auto, int8 pages", Weights.FILE, False, "bfloat16", "int8"),
-    Variant("int8, rounded", Weights.INT8, True, "bfloat16", "bfloat16"),
-    Variant("int8, int8 pages", Weights.INT8, True, "bfloat16", "int8"),
+    Variant("int8", Weights.INT8, False, "bfloat16", "bfloat16"),
+    Variant("int8, int8 pages", Weights.INT8, False, "bfloat16", "int8"),
     Variant("int4, rounded", Weights.INT4, True, "bfloat16", "bfloat16"),
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.executor.modelstore.packed import PackedModel
+from services.executor.modelstore.packed import PackedModel, Weights
 from services.executor.modelstore.store import open_model
 from services.executor.runner.base import Chunk, Runner
 from services.executor.runner.reference import ReferenceRunner
@@ -28,14 +28,21 @@ RUNNERS = {"reference": ReferenceRunner, "cpu": cpu_runner}
 
 
 @pytest.fixture(scope="module", params=TINY, ids=lambda tiny: tiny.name)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedModel, torch.Tensor]:
-    """The packed model and transformers' logits [LENGTH, vocab] of a fixed text."""
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """The checkpoint's folder and transformers' logits [LENGTH, vocab] of a fixed text."""
     tiny: Tiny = request.param
     folder = tmp_path_factory.mktemp(tiny.name)
     theirs = save_tiny(tiny, folder / "model")
     with torch.inference_mode():
         logits = theirs(torch.tensor([text(tiny.config().vocab_size)])).logits[0]
-    return open_model(str(folder / "model"), folder / "cache", progress=False), logits
+    return folder / "model", logits
+
+
+@pytest.fixture(scope="module")
+def case(saved: tuple[Path, torch.Tensor]) -> tuple[PackedModel, torch.Tensor]:
+    """The packed model, and the logits."""
+    folder, logits = saved
+    return open_model(str(folder), folder.parent / "cache", progress=False), logits
 
 
 def text(vocab: int) -> list[int]:
@@ -60,6 +67,23 @@ def test_logits_equal_transformers(case: tuple[PackedModel, torch.Tensor], runne
     error = float((ours - wanted).abs().max())
     print(f"largest logit error {error:.2e} of {float(wanted.abs().max()):.1f}")
     assert error < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_compute_about_the_same(saved: tuple[Path, torch.Tensor], dtype: str) -> None:
+    """Rotated and rounded to 8 bits: a rotation that is not undone somewhere leaves nothing of the logits."""
+    folder, wanted = saved
+    model = open_model(str(folder), folder.parent / "cache", progress=False, weights=Weights.INT8)
+    assert not model.spec.tied_embeddings
+    runner = cpu_runner(model, dtype)
+    try:
+        pool = TestPool(model.spec, runner, dtype, pages=24, page_size=8)
+        lane = pool.lane(text(model.spec.vocab_size), LENGTH)
+        error = torch.from_numpy(runner.logits([Chunk(lane, 0, LENGTH, 0, True)])) - wanted
+    finally:
+        runner.close()
+    print(f"logit error {float(error.std() / wanted.std()):.3f} of their deviation")
+    assert float(error.std()) < 0.06 * float(wanted.std())
 
 
 def test_a_masked_write_changes_no_page(case: tuple[PackedModel, torch.Tensor]) -> None:

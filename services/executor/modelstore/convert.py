@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.cpu.blocks import Blocks, joined, pack_blocks, pack_gate_up_blocks, round_to_int4, round_to_int8
+from kernels.cpu.integers import pack_gate_up_integers, pack_integers, round_to_integers
 from kernels.cpu.packing import pack_gate_up, pack_linear
 from services.executor.modelstore.checkpoint import BF16, Checkpoint, Part
 from services.executor.modelstore.errors import ModelError
@@ -31,6 +32,7 @@ from services.executor.modelstore.packed import (
     TensorKind,
     Weights,
 )
+from services.executor.modelstore.rotation import RotatedCheckpoint
 
 Progress = Callable[[int, int], None]  # tensors written, tensors in all
 
@@ -51,6 +53,8 @@ def convert(checkpoint: Checkpoint, name: str, source: str, folder: Path, progre
 
     Raises ModelError for a tensor that is missing or of another shape than the description says.
     """
+    if weights is Weights.INT8:
+        checkpoint = RotatedCheckpoint(checkpoint)
     spec, tokens = checkpoint.spec, checkpoint.tokens
     total = 3 + spec.layers * (6 + spec.qkv_bias + 2 * spec.qk_norm) - spec.tied_embeddings
     digest = hashlib.sha256(f"pagehold model {FORMAT_VERSION}\n".encode())
@@ -134,6 +138,8 @@ class _Matrices:
         if whole is not None:
             return _Item(name, TensorKind.PACKED, shape, pack_blocks(whole), _encoding(whole))
         values = np.concatenate([self.read(part, layer, count, columns) for part, count in rows])
+        if self._weights is Weights.INT8:
+            return _Item(name, TensorKind.PACKED, shape, pack_integers(round_to_integers(values)), Encoding.INTEGERS)
         return _Item(name, TensorKind.PACKED, shape, pack_linear(np.ascontiguousarray(values)))
 
     def gate_up(self, name: str, layer: int, middle: int, hidden: int) -> _Item:
@@ -141,11 +147,15 @@ class _Matrices:
         if gate is not None and up is not None and _encoding(gate) is _encoding(up):
             packed = pack_gate_up_blocks(gate, up)
             return _Item(name, TensorKind.GATE_UP, (2 * middle, hidden), packed, _encoding(gate))
+        shape = (2 * middle, hidden)
         values = (self.read(part, layer, middle, hidden) for part in (Part.GATE, Part.UP))
-        return _Item(name, TensorKind.GATE_UP, (2 * middle, hidden), pack_gate_up(*values))
+        if self._weights is Weights.INT8:
+            packed = pack_gate_up_integers(*map(round_to_integers, values))
+            return _Item(name, TensorKind.GATE_UP, shape, packed, Encoding.INTEGERS)
+        return _Item(name, TensorKind.GATE_UP, shape, pack_gate_up(*values))
 
     def _blocks(self, part: Part, layer: int | None, rows: int, columns: int) -> Blocks | None:
-        if self._weights is Weights.BFLOAT16:
+        if self._weights in (Weights.BFLOAT16, Weights.INT8):
             return None
         found = self._checkpoint.blocks(part, layer)
         four_bits = self._weights is Weights.INT4 and layer is not None

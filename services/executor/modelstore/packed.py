@@ -21,7 +21,7 @@ import numpy.typing as npt
 from services.executor.modelstore.errors import ModelError
 from services.executor.modelstore.spec import DecoderSpec, Llama3RopeScaling
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 ALIGNMENT: Final = 4096
 _MADV_POPULATE_READ: Final = 22
 WEIGHTS_FILE: Final = "weights.bin"
@@ -43,6 +43,7 @@ class Encoding(StrEnum):
     BFLOAT16 = "bfloat16"  # `kernels.cpu.packing`
     INT8 = "int8"  # `kernels.cpu.blocks`
     INT4 = "int4"
+    INTEGERS = "integers"  # `kernels.cpu.integers`
 
 
 class Weights(StrEnum):
@@ -50,11 +51,16 @@ class Weights(StrEnum):
 
     BFLOAT16 = "bfloat16"
     FILE = "file"  # the file's own blocks of 4 or 8 bits, which mean the same values; else bfloat16
-    INT8 = "int8"  # at most 8 bits: the file's own blocks, else rounded
+    INT8 = "int8"  # rotated and rounded to 8 bits, and multiplied as such
     INT4 = "int4"  # 4 bits: the file's own blocks, else rounded; 8 for the output head
 
 
-_ELEMENTS: Final = {Encoding.BFLOAT16: np.uint16, Encoding.INT8: np.int8, Encoding.INT4: np.uint8}
+_ELEMENTS: Final = {
+    Encoding.BFLOAT16: np.uint16,
+    Encoding.INT8: np.int8,
+    Encoding.INT4: np.uint8,
+    Encoding.INTEGERS: np.uint32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class PackedModel:
 
     def view(self, name: str) -> npt.NDArray[np.generic]:
         """One tensor in place: float32, or uint16 for bfloat16; flat when in panels, and then int8 or uint8 for
-        blocks of 8 or 4 bits.
+        blocks of 8 or 4 bits, uint32 for integers.
         """
         tensor = self.tensors[name]
         raw = self.weights[tensor.offset : tensor.offset + tensor.nbytes]

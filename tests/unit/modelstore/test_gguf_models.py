@@ -74,7 +74,7 @@ def test_the_models_matrices_are_in_the_encoding_that_was_asked_for(quantized: P
     for weights, layers, head in (
         (Weights.BFLOAT16, Encoding.BFLOAT16, Encoding.BFLOAT16),
         (Weights.FILE, own, own),
-        (Weights.INT8, own, own),
+        (Weights.INT8, Encoding.INTEGERS, Encoding.INTEGERS),
         (Weights.INT4, Encoding.INT4, own),
     ):
         model = open_model(str(quantized), tmp_path / "cache", progress=False, weights=weights)
@@ -89,7 +89,7 @@ def test_a_model_without_blocks_is_rounded_where_that_is_asked_for(tmp_path: Pat
     save_tiny(LLAMA, tmp_path / "m")
     for weights, layers in (
         (Weights.FILE, Encoding.BFLOAT16),
-        (Weights.INT8, Encoding.INT8),
+        (Weights.INT8, Encoding.INTEGERS),
         (Weights.INT4, Encoding.INT4),
     ):
         model = open_model(str(tmp_path / "m"), tmp_path / "cache", progress=False, weights=weights)

@@ -168,7 +168,11 @@ inline void find_part(const Attention* job, uint32_t part, const void* zeros, Pa
   const uint32_t page_size = job->pool->page_size, start = part * kPart;
   const size_t slot = slot_elements<Kv>(job->model);
   found->seen = seen_by_any(job, start);
-  for (uint32_t t = 0; t < kPart; ++t) found->keys[t] = found->values[t] = static_cast<const Kv*>(zeros);
+  const auto nothing = [&](uint32_t from, uint32_t to) {
+    for (uint32_t t = from; t < to; ++t) found->keys[t] = found->values[t] = static_cast<const Kv*>(zeros);
+  };
+  nothing(0, found->seen.begin);
+  nothing(found->seen.end, kPart);
   for (uint32_t t = found->seen.begin; t < found->seen.end;) {
     const uint32_t in_page = (start + t) % page_size;
     const uint32_t left = found->seen.end - t, count = left < page_size - in_page ? left : page_size - in_page;

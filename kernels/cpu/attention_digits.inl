@@ -44,9 +44,7 @@ __attribute__((noinline)) float query_digits(const float* query, uint32_t d, uin
   return largest / kMostDigits;
 }
 
-// --- from pages into blocks ---
-//
-// The first lines of the next part's pages are on their way (find_part). To ask for the others too was no faster.
+// --- from pages into blocks; those of the next part are fetched meanwhile ---
 
 typedef int8_t vb4 __attribute__((vector_size(W * 4)));  // four codes to a lane
 
@@ -68,9 +66,13 @@ inline void store_codes(int8_t* to, vu codes) { *reinterpret_cast<vu_unaligned*>
 inline void store_codes(int8_t* to, vb4 codes) { store_codes(to, reinterpret_cast<vu>(codes)); }
 
 // keys [depth / 4][kPart][4] and scales, of `count` positions.
-inline void take_key_codes(const Part<int8_t>& part, uint32_t count, uint32_t d, int8_t* keys, float* scales) {
+inline void take_key_codes(const Part<int8_t>& part, const Part<int8_t>& next, uint32_t count, uint32_t d, int8_t* keys,
+                           float* scales) {
   for (uint32_t t = 0; t < count; t += 16) {
-    for (uint32_t p = 0; p < 16; ++p) scales[t + p] = scale_of(part.keys[t + p], d);
+    for (uint32_t p = 0; p < 16; ++p) {
+      __builtin_prefetch(next.keys[t + p] + d, 0, 2);
+      scales[t + p] = scale_of(part.keys[t + p], d);
+    }
     for (uint32_t i = 0; i < d; i += 64) {
       vu v[16];
       for (uint32_t p = 0; p < 16; ++p) v[p] = load_codes(part.keys[t + p] + i, d - i);
@@ -94,12 +96,15 @@ inline vb4 interleave(vb4 x, vb4 y, std::integer_sequence<int, I...>) {
 }
 
 // values [count / 4][width][4], four positions to a word, and scales.
-inline void take_value_codes(const Part<int8_t>& part, uint32_t count, uint32_t d, uint32_t width, int8_t* values,
-                             float* scales) {
+inline void take_value_codes(const Part<int8_t>& part, const Part<int8_t>& next, uint32_t count, uint32_t d,
+                             uint32_t width, int8_t* values, float* scales) {
   const auto words = std::make_integer_sequence<int, W>{};
   const auto bytes = std::make_integer_sequence<int, 4 * W>{};
   for (uint32_t t = 0; t < count; t += 4) {
-    for (uint32_t p = 0; p < 4; ++p) scales[t + p] = scale_of(part.values[t + p], d);
+    for (uint32_t p = 0; p < 4; ++p) {
+      __builtin_prefetch(next.values[t + p] + d, 0, 2);
+      scales[t + p] = scale_of(part.values[t + p], d);
+    }
     for (uint32_t i = 0; i < d; i += 64) {
       vb4 v[4];
       for (uint32_t p = 0; p < 4; ++p) v[p] = spread(load_codes(part.values[t + p] + i, d - i), words);
@@ -195,10 +200,9 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
     const float* query = rows->query(row).projected + size_t{rows->head(row)} * d;
     factors[row] = query_digits(query, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
   }
-  uint32_t shaped = 0;
-  over_parts<int8_t>(job, zeros, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>&) {
-    take_key_codes(part, pad64(part.seen.end), d, keys, scales.keys);
-    take_value_codes(part, pad64(part.seen.end), d, width, values, scales.values);
+  over_parts<int8_t>(job, zeros, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
+    take_key_codes(part, next, pad64(part.seen.end), d, keys, scales.keys);
+    take_value_codes(part, next, pad64(part.seen.end), d, width, values, scales.values);
     for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
       const uint32_t size = rows_from(row);
       Seen seen[kDigitRows];
@@ -209,8 +213,7 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       }
       if (count == 0) continue;
       count = pad64(count);
-      if (size != shaped) shape_tiles(2 * size);
-      shaped = size;
+      shape_tiles(2 * size);
       product(queries + size_t{2} * row * depth, depth, keys, kPart, scores, kPart, 2 * size, count, depth);
       float factor[kDigitRows], most[kDigitRows], total[kDigitRows];
       for (uint32_t r = 0; r < size; ++r) {
@@ -231,7 +234,6 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       }
     }
   });
-  drop_tiles();
 }
 
 }  // namespace

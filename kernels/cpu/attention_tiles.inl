@@ -281,7 +281,6 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
     memset(to + d, 0, (depth - d) * sizeof *to);
     positions[row] = query.position;
   }
-  uint32_t shaped = 0;
   // f(first row, rows, what they see, until where): blocks of rows that see any of a part.
   const auto over_rows = [&](uint32_t start, auto&& f) {
     for (uint32_t row = 0; row < rows->count; row += kScoredRows) {
@@ -293,8 +292,7 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
         if (seen[r].begin < seen[r].end && seen[r].end > count) count = seen[r].end;
       }
       if (count == 0) continue;
-      if (size != shaped) shape_tiles(size);
-      shaped = size;
+      shape_tiles(size);
       f(row, size, seen, pad32(count));
     }
   };
@@ -324,7 +322,6 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
       });
     });
   });
-  drop_tiles();
 }
 
 }  // namespace

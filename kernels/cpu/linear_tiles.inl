@@ -185,8 +185,7 @@ class Block {
       const Slice slice = {first, pairs - first < size ? pairs - first : size};
       for (uint32_t row = start_; row < end_; row += kBlockRows) {
         const uint32_t rows = end_ - row < kBlockRows ? end_ - row : kBlockRows;
-        if (rows != shaped_) shape_tiles(rows);
-        shaped_ = rows;
+        shape_tiles(rows);
         float* sums = sums_ + size_t{row - start_} * kPanel;
         if (first == 0) {
           clear_sums();
@@ -206,7 +205,7 @@ class Block {
  private:
   const Linear* job_;
   const Panels& panels_;
-  uint32_t start_, end_, shaped_ = 0;
+  uint32_t start_, end_;
   alignas(64) float sums_[kMostRows * kPanel];
 };
 

@@ -23,8 +23,12 @@ struct alignas(64) TileShape {
   uint8_t rows[16];
 };
 
-// Clears all tiles. rows: of the block, 1 to 32.
+thread_local uint32_t t_shaped;  // rows; 0: the registers are idle
+
+// rows: of the block, 1 to 32. What the tiles hold is undefined.
 inline void shape_tiles(uint32_t rows) {
+  if (t_shaped == rows) return;
+  t_shaped = rows;
   const uint8_t low = rows < 16 ? rows : 16, high = rows > 16 ? rows - 16 : 1;
   TileShape shape{};
   shape.palette = 1;
@@ -37,7 +41,10 @@ inline void shape_tiles(uint32_t rows) {
 }
 
 // The registers are idle again: nothing of them is saved when the thread changes.
-inline void drop_tiles() { _tile_release(); }
+inline void drop_tiles() {
+  t_shaped = 0;
+  _tile_release();
+}
 
 // The intrinsics want literal numbers. What is written before a load reaches it: the compiler does not know that a
 // load reads memory.

@@ -7,4 +7,4 @@
 // `known` where at least kLeastEqual are equal nowhere.
 uint32_t find_continuation(const uint32_t* tokens, uint32_t known);
 
-constexpr uint32_t kLeastEqual = 3, kMostEqual = 16;
+constexpr uint32_t kLeastEqual = 2, kMostEqual = 16;

@@ -5,14 +5,14 @@ sampled. So this costs or saves time and changes no token: a successor may begin
 
     all were right      twice as many next time
     some were right     one more than that
-    none was right      half as many, after a rest that doubles with each time in a row
+    none was right      half as many, at once after the first time, after a rest that doubles with each further one
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-_FIRST: Final = 3
+_FIRST: Final = 15  # an answer that begins with a copy goes on with it
 _LONGEST_REST: Final = 6  # as a power of two: tokens
 
 
@@ -35,5 +35,5 @@ class Drafting:
         else:
             self.allowed = max(self.allowed // 2, 1)
         self._misses = 0 if right else min(self._misses + 1, _LONGEST_REST)
-        if not right:
-            self.resumes_at = known + (1 << self._misses)
+        if self._misses > 1:
+            self.resumes_at = known + (1 << self._misses) - 2

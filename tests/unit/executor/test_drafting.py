@@ -9,6 +9,7 @@ MOST = 15
 
 def test_right_ones_double_it_up_to_the_most() -> None:
     drafting = Drafting()
+    drafting.allowed = 3
     seen = []
     for _ in range(5):
         drafting.learn(100, drafting.allowed, drafting.allowed, MOST)
@@ -19,6 +20,7 @@ def test_right_ones_double_it_up_to_the_most() -> None:
 
 def test_fewer_than_allowed_that_are_right_take_nothing_away() -> None:
     drafting = Drafting()
+    drafting.allowed = 3
     drafting.learn(100, 3, 3, MOST)
     drafting.learn(101, 1, 1, MOST)
     assert drafting.allowed == 6
@@ -37,8 +39,10 @@ def test_rests_double_and_end_with_a_draft_that_is_right() -> None:
     for _ in range(8):
         drafting.learn(100, drafting.allowed, 0, MOST)
         rests.append(drafting.resumes_at - 100)
-    assert rests == [2, 4, 8, 16, 32, 64, 64, 64]
+    assert rests == [-100, 2, 6, 14, 30, 62, 62, 62]  # the first time none
     assert drafting.allowed == 1
     drafting.learn(200, 1, 1, MOST)
     drafting.learn(300, 2, 0, MOST)
-    assert drafting.resumes_at == 302
+    assert drafting.resumes_at < 300
+    drafting.learn(301, 1, 0, MOST)
+    assert drafting.resumes_at == 303

@@ -54,7 +54,8 @@ def test_drafts_that_are_always_wrong_or_always_right(root: Path, accuracy: floa
         assert world.runner.steps < 400 / 10, "most steps give sixteen tokens"
     else:
         assert world.engine.accepted_tokens == 0 and world.runner.steps == 400
-        assert world.engine.draft_tokens < 20, "they rest for longer and longer"
+        begun = 15 + 7 + 3  # half as many each time
+        assert world.engine.draft_tokens < begun + 10, "they rest for longer and longer"
 
 
 @pytest.mark.parametrize("tokens", range(1, 24))

@@ -122,53 +122,84 @@ inline void take_value_codes(const Part<int8_t>& part, const Part<int8_t>& next,
 
 // --- softmax of one part ---
 
-// Sums of both digits of a row's scores, [kPart] each, into the digits of its weights, up to `count`, a multiple of 64;
-// and into their largest score and the sum of weights, before values' scales. `high` is changed. Positions that the row
-// does not see have weight 0. Returns the factor of the weights. Not inlined: one way to round.
-__attribute__((noinline)) float soften_digits(const PhModel* m, float* high, const float* low, const Scales& scales,
-                                              Seen seen, uint32_t count, float scale, int8_t* weights_high,
-                                              int8_t* weights_low, float* partial) {
-  vi lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = i;
-  const vi begin = vi{} + static_cast<int32_t>(seen.begin), end = vi{} + static_cast<int32_t>(seen.end);
-  const auto visible = [&](uint32_t t) {
-    const vi position = lanes + static_cast<int32_t>(t);
-    return (position >= begin) & (position < end);
-  };
-  vf peak = splat(-INFINITY);
-  const auto raise = [&](uint32_t t, vf scores) {
-    const vf s = visible(t) ? scores : splat(-INFINITY);
-    peak = s > peak ? s : peak;
-  };
-  const bool capped = m->logit_softcap != 0.0f;
-  for (uint32_t t = 0; t < count; t += W) {
-    const vf s = load_sums(high + t, low + t) * load(scales.keys + t);
-    store(high + t, s);
-    if (!capped) raise(t, s);
+// The larger as bits: NaN is above all. Of weights, which have no sign.
+struct Heaviest {
+  static vf of(vf x, vf y) { return reinterpret_cast<vf>(most_of(reinterpret_cast<vi>(x), y)); }
+};
+
+static_assert(kDigitRows <= kSoftenedRows, "lanes of what rows have");
+
+// What rows have of a part, by row: the largest score, the sum of weights before values' scales, and the factor of the
+// weights' digits.
+struct Softened {
+  alignas(64) float largest[kSoftenedRows], sums[kSoftenedRows], factors[kSoftenedRows];
+};
+
+// Scores of rows, [rows][kPart], and what each is multiplied by, into the digits of weights; scores are changed.
+// Positions that a row does not see have weight 0. All: there is none. count: a multiple of 64.
+template <bool All>
+inline void soften_scores(float* scores, vf factors, const Scales& scales, const Seen* seen, uint32_t rows,
+                          uint32_t count, int8_t* weights, Softened* softened) {
+  vf joined[kSoftenedRows] = {}, heaviest[kSoftenedRows] = {};
+  for (uint32_t row = 0; row < rows; ++row) {
+    const float* from = scores + row * kPart;
+    Visible<All> visible(seen[row]);
+    vf low = splat(-INFINITY), high = low;
+    for (uint32_t t = 0; t < count; t += 2 * W) {
+      low = Largest::of(low, visible.next(load(from + t), -INFINITY));
+      high = Largest::of(high, visible.next(load(from + t + W), -INFINITY));
+    }
+    joined[row] = Largest::of(low, high);
   }
-  if (capped) {
-    for (uint32_t t = seen.begin; t < seen.end; ++t)
-      high[t] = m->logit_softcap * tanhf(high[t] * scale / m->logit_softcap);
-    for (uint32_t t = 0; t < count; t += W) raise(t, load(high + t));
-    scale = 1.0f;
+  fold_all<Largest, W, kSoftenedRows>(joined);
+  const vf most = joined[0] * factors, offsets = most * kLog2E, steps = factors * kLog2E;
+  for (uint32_t row = 0; row < rows; ++row) {
+    float* at = scores + row * kPart;
+    Visible<All> visible(seen[row]);
+    vf total = vf{}, heavy = vf{};
+    for (uint32_t t = 0; t < count; t += W) {
+      // A scale that nobody sees may be anything.
+      const vf p = exponential2(load(at + t) * steps[row] - offsets[row]);
+      Visible<All> here = visible;
+      const vf weight = here.next(p * load(scales.values + t), 0.0f);
+      total += visible.next(p, 0.0f);
+      heavy = Heaviest::of(heavy, weight);
+      store(at + t, weight);
+    }
+    joined[row] = total;
+    heaviest[row] = heavy;
   }
-  const float most = largest(peak) * scale;
-  const float factor = scale * kLog2E, offset = most * kLog2E;
-  vf total = vf{};
-  vi heaviest = vi{};
-  for (uint32_t t = 0; t < count; t += W) {
-    const vi seen_here = visible(t);
-    const vf p = exponential2(load(high + t) * factor - offset);
-    const vf weight = seen_here ? p * load(scales.values + t) : vf{};
-    total += seen_here ? p : vf{};
-    heaviest = most_of(heaviest, weight);
-    store(high + t, weight);
+  fold_all<Sum, W, kSoftenedRows>(joined);
+  fold_all<Heaviest, W, kSoftenedRows>(heaviest);
+  const vf inverses = heaviest[0] < splat(kLeastRounded) ? vf{} : kMostDigits / heaviest[0];
+  for (uint32_t row = 0; row < rows; ++row) {
+    const float* from = scores + row * kPart;
+    int8_t *high = weights + row * kPart, *low = high + rows * kPart;
+    for (uint32_t t = 0; t < count; t += W) store_digits(load(from + t), inverses[row], high + t, low + t);
   }
-  partial[0] = most;
-  partial[1] = sum(total);
-  const float largest = largest_of(heaviest), inverse = inverse_of(largest);
-  for (uint32_t t = 0; t < count; t += W) store_digits(load(high + t), inverse, weights_high + t, weights_low + t);
-  return largest / kMostDigits;
+  store(softened->largest, most);
+  store(softened->sums, joined[0]);
+  store(softened->factors, heaviest[0] * (1.0f / kMostDigits));
+}
+
+// Sums of both digits of rows' scores, [2][rows][kPart], into the digits of their weights. factors: of rows' queries.
+__attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, const float* factors,
+                                             const Scales& scales, const Seen* seen, uint32_t rows, uint32_t count,
+                                             int8_t* weights, Softened* softened) {
+  alignas(64) float scale[kSoftenedRows] = {};
+  memcpy(scale, factors, rows * sizeof(float));
+  bool all = true;
+  for (uint32_t row = 0; row < rows; ++row) {
+    float *high = scores + row * kPart, *low = high + rows * kPart;
+    for (uint32_t t = 0; t < count; t += W) store(high + t, load_sums(high + t, low + t) * load(scales.keys + t));
+    all = all && seen[row].begin == 0 && seen[row].end == kPart;
+    if (m->logit_softcap == 0.0f) continue;
+    for (uint32_t t = seen[row].begin; t < seen[row].end; ++t)
+      high[t] = m->logit_softcap * tanhf(high[t] * scale[row] / m->logit_softcap);
+    scale[row] = 1.0f;
+  }
+  if (all) return soften_scores<true>(scores, load(scale), scales, seen, rows, kPart, weights, softened);
+  soften_scores<false>(scores, load(scale), scales, seen, rows, count, weights, softened);
 }
 
 // --- a piece of work ---
@@ -189,7 +220,7 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
   int8_t* weights = take_codes(2 * kDigitRows * kPart);
   float* scores = take(2 * kDigitRows * kPart);
   float* sums = take(size_t{2} * kDigitRows * width);
-  float* partial = take(rows->stride);
+  float* partials = take(size_t{kDigitRows} * rows->stride);
   Scales scales;
   memset(zeros, 0, depth + 64);
   const auto rows_from = [&](uint32_t row) { return rows->count - row < kDigitRows ? rows->count - row : kDigitRows; };
@@ -215,23 +246,18 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       count = pad64(count);
       shape_tiles(2 * size);
       product(queries + size_t{2} * row * depth, depth, keys, kPart, scores, kPart, 2 * size, count, depth);
-      float factor[kDigitRows], most[kDigitRows], total[kDigitRows];
-      for (uint32_t r = 0; r < size; ++r) {
-        factor[r] = soften_digits(job->model, scores + r * kPart, scores + (size + r) * kPart, scales, seen[r], count,
-                                  factors[row + r], weights + r * kPart, weights + (size + r) * kPart, partial);
-        most[r] = partial[0];
-        total[r] = partial[1];
-      }
+      Softened softened;
+      soften_digits(job->model, scores, factors + row, scales, seen, size, count, weights, &softened);
       product(weights, kPart, values, width, sums, width, 2 * size, width, count);
       for (uint32_t r = 0; r < size; ++r) {
-        if (seen[r].begin >= seen[r].end) continue;
-        partial[0] = most[r];
-        partial[1] = total[r];
+        float* partial = partials + r * rows->stride;
+        partial[0] = softened.largest[r];
+        partial[1] = softened.sums[r];
         for (uint32_t i = 0; i < width; i += W)
           store(partial + kPartialValues + i,
-                load_sums(sums + r * width + i, sums + (size + r) * width + i) * factor[r]);
-        combine(rows->at(row + r), partial, rows->stride);
+                load_sums(sums + r * width + i, sums + (size + r) * width + i) * softened.factors[r]);
       }
+      combine_rows(*rows, row, seen, size, partials);
     }
   });
 }

@@ -1,4 +1,4 @@
-"""Every instruction set of this machine, and the AVX-512 and AMX code compiled to run without the instructions."""
+"""Every instruction set of this machine; of AVX-512 and AMX those that it lacks, compiled to run without them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def _emulated(isa: str, build: Path) -> Variant:
     return Variant(isa, build / "libpagehold_cpu.so")
 
 
-@pytest.fixture(scope="session", params=[*available_isas(), *(f"{isa}-emulated" for isa in EMULATED)])
+_LACKING = [isa for isa in EMULATED if isa not in available_isas()]
+
+
+@pytest.fixture(scope="session", params=[*available_isas(), *(f"{isa}-emulated" for isa in _LACKING)])
 def variant(request: pytest.FixtureRequest) -> Variant:
     isa, emulated, _ = request.param.partition("-emulated")
     return _emulated(isa, request.getfixturevalue("emulated_build")) if emulated else Variant(isa, None)
@@ -35,5 +38,6 @@ def variant(request: pytest.FixtureRequest) -> Variant:
 
 @pytest.fixture(scope="session")
 def variants(emulated_build: Path) -> list[Variant]:
+    """All of the machine's and all emulated ones, which must agree."""
     machine = [Variant(isa, None) for isa in available_isas()]
     return [*machine, *(_emulated(isa, emulated_build) for isa in EMULATED)]

@@ -268,8 +268,7 @@ def test_a_long_context_in_pieces(context: Context, threads: int) -> None:
         model.close()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("page_size", [16, 24])
+@pytest.mark.parametrize(("page_size", "threads"), [(16, 1), (16, 2), (24, 5)])
 def test_prefixes_shared_in_a_batch(context: Context, page_size: int, threads: int) -> None:
     """Decodes and short chunks whose tables begin alike: with all the same pages, some of them, or none."""
     model = context.model(threads)

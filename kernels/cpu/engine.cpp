@@ -3,47 +3,24 @@
 // A layer is five joins: qkv, (append and) attention, attention output, gate/up, down. Pieces are
 // smaller than a thread's share, so that a thread that loses its processor delays one piece.
 
-#include <immintrin.h>
+#include "engine.h"
+
 #include <string.h>
 #include <time.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
-#include <string>
 #include <vector>
 
-#include "buffer.h"
-#include "crew.h"
-#include "isa.h"
 #include "matrix.h"
-#include "plan.h"
-#include "processor.h"
-#include "sampling.h"
-#include "threads.h"
 
 namespace {
 
-uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
-
-// How many values of `down`'s inputs are rotated together: see rotation.py.
+// How many values of `down`'s inputs are rotated together: see integers.py.
 uint32_t rotation(uint32_t n) {
   uint32_t width = 1;
   while (width < kMostRotated && n % (width * 2 * kRotated) == 0) width *= 2;
   return width;
 }
-
-struct Results {
-  uint32_t* tokens;
-  float* logprobs;
-  uint32_t* accepted;
-  float* draft_logprobs;
-};
-
-// A position of a chunk after which a token is sampled.
-struct Place {
-  uint32_t chunk, index;
-};
 
 // A draft is right where it is what was sampled after the right ones before it. found: by sampled position of the
 // chunk.
@@ -58,71 +35,6 @@ void accept(const PhChunk& chunk, const Sampled* found, uint32_t c, uint32_t dra
 }
 
 }  // namespace
-
-struct PhEngine {
-  PhModel model;
-  std::vector<PhLayer> layers;
-  PhPool pool{};
-  const IsaTable* isa;
-  ThreadPool threads;
-  Crew crew;
-  Buffer residual, normed, codes, factors, qkv, attended, product, head_input, logits, scratch, partials, expanded;
-  std::vector<uint32_t> row_of;  // first activation row of each chunk
-  AttentionPlan attention_plan;
-  std::vector<Place> sampled;
-
-  PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
-      : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count), crew(thread_count) {
-    model.layer = layers.data();
-  }
-
-  uint32_t attention_scratch_floats() const {
-    return pad16(attention_scratch(model.head_dim, model.heads / model.kv_heads));
-  }
-
-  template <class F>
-  void parallel(uint32_t pieces, F&& f) {
-    auto* job = &f;
-    threads.run(
-        pieces, [](void* j, uint32_t piece, uint32_t thread) { (*static_cast<decltype(job)>(j))(piece, thread); }, job);
-  }
-
-  // Scratch of expanded_size() for the widest linear of the model.
-  uint16_t* expanded_of(uint32_t thread) {
-    const uint32_t widest = std::max({model.hidden, model.heads * model.head_dim, model.intermediate});
-    const size_t size = expanded_size(ceil_div(widest, 2));
-    return expanded.get<uint16_t>(size * threads.size()) + size * thread;
-  }
-
-  // A linear's panels in pieces: about four for each thread, and never less than what one claim is worth.
-  void over_panels(uint32_t panels, const Linear& job, void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
-    const uint32_t wanted = threads.used() == 1 ? 1 : threads.used() * 4;
-    const uint32_t least = job.rows <= 2 ? 2 : 1;
-    uint32_t size = ceil_div(panels, wanted);
-    if (size < least) size = least;
-    if (panels > 1000) size = 16;  // the output head: many even pieces
-    uint16_t* memory = expanded_of(0);
-    const size_t each = threads.size() > 1 ? expanded_of(1) - memory : 0;
-    parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t thread) {
-      const uint32_t first = piece * size;
-      linear(&job, first, std::min(first + size, panels), memory + each * thread);
-    });
-  }
-
-  void embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride);
-  template <class F>
-  void over_rows(uint32_t rows, F&& f);
-  Inputs inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix);
-  void round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread);
-  Inputs rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width);
-  Inputs norm_rows(const float* x, const float* weight, uint32_t rows, const PhMatrix& matrix);
-  void layer(uint32_t index, uint32_t rows, float* x);
-  void attention(uint32_t index);
-  uint32_t plan(const PhChunk* chunks, uint32_t count);
-  void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);
-  int step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
-  int watched_step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
-};
 
 void PhEngine::embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride) {
   const uint32_t hidden = model.hidden;
@@ -348,66 +260,4 @@ void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, con
           isa->input_size == 2 ? bfloat16_to_float(attended.get<uint16_t>(0)[at]) : attended.get<float>(0)[at];
     }
   }
-}
-
-extern "C" {
-
-const char* pagehold_isas(void) { return isa_names(); }
-
-PhEngine* pagehold_create(const PhModel* model, uint32_t threads, const char* isa, const char** error) {
-  *error = nullptr;
-  if (model->abi_version != PAGEHOLD_ABI_VERSION || model->model_size != sizeof(PhModel) ||
-      model->chunk_size != sizeof(PhChunk) || model->sampling_size != sizeof(PhSampling)) {
-    *error = "the native library is of another version than the Python package: run `pip install .` again";
-    return nullptr;
-  }
-  const IsaTable* table = choose_isa(isa, model->bfloat16_inputs != 0);
-  if (table == nullptr) {
-    *error = "this processor lacks the instruction set that was asked for, or there is none of that name";
-    return nullptr;
-  }
-  try {
-    return new PhEngine(model, threads == 0 ? 1 : threads, table);
-  } catch (const std::exception&) {
-    *error = "out of memory or threads";
-    return nullptr;
-  }
-}
-
-void pagehold_destroy(PhEngine* engine) { delete engine; }
-
-void pagehold_map_pool(PhEngine* engine, const PhPool* pool) { engine->pool = *pool; }
-
-const char* pagehold_isa(const PhEngine* engine) { return engine->isa->name; }
-
-int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
-                  uint32_t* accepted, float* draft_logprobs, float* all_logits) {
-  try {
-    return engine->watched_step(chunks, count, {tokens, logprobs, accepted, draft_logprobs}, all_logits);
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
-
-int pagehold_attend(PhEngine* engine, uint32_t layer, const PhChunk* chunks, uint32_t count, const float* qkv,
-                    float* output) {
-  try {
-    engine->attend(layer, chunks, count, qkv, output);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
-
-int pagehold_sample(PhEngine* engine, float* logits, const PhSampling* sampling, const uint32_t* tokens, uint32_t known,
-                    uint32_t* token, float* logprob) {
-  try {
-    const Sampled result = sample(*engine->isa, logits, engine->model.vocab, *sampling, tokens, known);
-    *token = result.token;
-    *logprob = result.logprob;
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-}
 }

@@ -17,6 +17,7 @@ from tests.kernels.test_bit_exact import LENGTH, sequence
 from tests.kernels.variants import GROUPED, WINDOWED, Pages, Variant, as_chunks, random_tensors
 
 KNOWN = ("portable", "avx2", "avx512bf16", "amx")
+BASE = ("draft", "engine", "library", "matrix", "plan", "processor", "sampling", "threads")  # run by every processor
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_settings_name_them_as_the_library_does(monkeypatch: pytest.MonkeyPatch)
 def objects(emulated_build: Path) -> dict[str, Path]:
     """The object files by their source's name."""
     found = {path.name.removesuffix(".cpp.o"): path for path in emulated_build.rglob("*.cpp.o")}
-    assert {*(f"isa_{isa}" for isa in KNOWN), "engine", "plan", "processor", "sampling", "threads"} <= set(found)
+    assert {*(f"isa_{isa}" for isa in KNOWN), *BASE} <= set(found)
     return found
 
 
@@ -98,7 +99,7 @@ def test_nothing_runs_when_the_library_is_loaded(objects: dict[str, Path]) -> No
 
 
 def test_what_every_processor_runs_has_no_wide_registers(objects: dict[str, Path]) -> None:
-    for name in ("isa_portable", "engine", "plan", "processor", "sampling", "threads"):
+    for name in ("isa_portable", *BASE):
         code = subprocess.run(["objdump", "-d", objects[name]], check=True, capture_output=True, text=True).stdout
         assert "%xmm" in code or name in ("processor", "threads")
         assert not re.search(r"%[yz]mm", code), name

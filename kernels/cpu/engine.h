@@ -1,0 +1,92 @@
+// The state of one model that steps, and its pieces: see engine.cpp.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "buffer.h"
+#include "crew.h"
+#include "isa.h"
+#include "plan.h"
+#include "sampling.h"
+#include "threads.h"
+
+static inline uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+// Of a step: see abi.h.
+struct Results {
+  uint32_t* tokens;
+  float* logprobs;
+  uint32_t* accepted;
+  float* draft_logprobs;
+};
+
+// A position of a chunk after which a token is sampled.
+struct Place {
+  uint32_t chunk, index;
+};
+
+// One model with its memory and threads.
+struct PhEngine {
+  PhModel model;
+  std::vector<PhLayer> layers;
+  PhPool pool{};
+  const IsaTable* isa;
+  ThreadPool threads;
+  Crew crew;
+  Buffer residual, normed, codes, factors, qkv, attended, product, head_input, logits, scratch, partials, expanded;
+  std::vector<uint32_t> row_of;  // first activation row of each chunk
+  AttentionPlan attention_plan;
+  std::vector<Place> sampled;
+
+  PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
+      : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count), crew(thread_count) {
+    model.layer = layers.data();
+  }
+
+  uint32_t attention_scratch_floats() const {
+    return pad16(attention_scratch(model.head_dim, model.heads / model.kv_heads));
+  }
+
+  template <class F>
+  void parallel(uint32_t pieces, F&& f) {
+    auto* job = &f;
+    threads.run(
+        pieces, [](void* j, uint32_t piece, uint32_t thread) { (*static_cast<decltype(job)>(j))(piece, thread); }, job);
+  }
+
+  // Scratch of expanded_size() for the widest linear of the model.
+  uint16_t* expanded_of(uint32_t thread) {
+    const uint32_t widest = std::max({model.hidden, model.heads * model.head_dim, model.intermediate});
+    const size_t size = expanded_size(ceil_div(widest, 2));
+    return expanded.get<uint16_t>(size * threads.size()) + size * thread;
+  }
+
+  // A linear's panels in pieces: about four for each thread, and never less than what one claim is worth.
+  void over_panels(uint32_t panels, const Linear& job, void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
+    const uint32_t wanted = threads.used() == 1 ? 1 : threads.used() * 4;
+    const uint32_t least = job.rows <= 2 ? 2 : 1;
+    uint32_t size = ceil_div(panels, wanted);
+    if (size < least) size = least;
+    if (panels > 1000) size = 16;  // the output head: many even pieces
+    uint16_t* memory = expanded_of(0);
+    const size_t each = threads.size() > 1 ? expanded_of(1) - memory : 0;
+    parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t thread) {
+      const uint32_t first = piece * size;
+      linear(&job, first, std::min(first + size, panels), memory + each * thread);
+    });
+  }
+
+  void embed(const PhChunk* chunks, uint32_t count, float* x, uint32_t stride);
+  template <class F>
+  void over_rows(uint32_t rows, F&& f);
+  Inputs inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix);
+  void round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread);
+  Inputs rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width);
+  Inputs norm_rows(const float* x, const float* weight, uint32_t rows, const PhMatrix& matrix);
+  void layer(uint32_t index, uint32_t rows, float* x);
+  void attention(uint32_t index);
+  uint32_t plan(const PhChunk* chunks, uint32_t count);
+  void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);
+  int step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
+  int watched_step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits);
+};

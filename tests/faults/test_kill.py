@@ -35,9 +35,9 @@ def up_again(stack: Stack) -> None:
     assert await_ready(stack.address, stack.process.pid, START_SECONDS), stack.log.read_text()[-3000:]
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-async def test_executor_killed_streams_go_on(start_stack: StartStack, kv_dtype: str) -> None:
-    stack = start_stack(kv_dtype=kv_dtype)
+@pytest.mark.parametrize("flags", [{}, {"weights": "int8", "kv_dtype": "int8"}], ids=["as-it-comes", "int8"])
+async def test_executor_killed_streams_go_on(start_stack: StartStack, flags: dict[str, str]) -> None:
+    stack = start_stack(**flags)
     messages = mixed()
     reference = await undisturbed(stack.address, messages)
 
@@ -70,9 +70,9 @@ async def test_executor_killed_with_drafts_under_way(start_stack: StartStack) ->
     assert prefilled(stack.address) == 0
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-async def test_manager_killed_streams_go_on(start_stack: StartStack, kv_dtype: str) -> None:
-    stack = start_stack(kv_dtype=kv_dtype)
+@pytest.mark.parametrize("flags", [{}, {"weights": "int8", "kv_dtype": "int8"}], ids=["as-it-comes", "int8"])
+async def test_manager_killed_streams_go_on(start_stack: StartStack, flags: dict[str, str]) -> None:
+    stack = start_stack(**flags)
     messages = mixed(tokens=256)
     reference = await undisturbed(stack.address, messages)
 

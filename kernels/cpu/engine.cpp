@@ -65,7 +65,7 @@ void PhEngine::over_rows(uint32_t rows, F&& f) {
 // The rows [n] of `from`, in the type that linears take, for `matrix`: as they are, or where round_row() puts them.
 Inputs PhEngine::inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix) {
   if (matrix.encoding != kPhIntegers) return {from, pad32(n), ceil_div(n, 2), nullptr};
-  expanded_of(0);
+  expanded_of(0);  // what round_row() needs grows here, before threads have it
   return {codes.get<int8_t>(size_t{rows} * pad64(n)), pad64(n) / 2, ceil_div(n, 4), factors.get<float>(rows)};
 }
 

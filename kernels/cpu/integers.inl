@@ -78,7 +78,7 @@ inline vf scaled(vi sums, const Linear* job, uint32_t row, const PanelHead* head
   return __builtin_convertvector(sums, vf) * (load(head->scales + n) * job->factors[row]);
 }
 
-// acc + the products of four codes, in each lane. x: the same four for all lanes; those of `kShift` are added to it.
+// acc + the products of four codes, in each lane. x: the same four for all lanes, as if each were kShift more.
 #if W == 16 && !defined(PAGEHOLD_EMULATE)
 constexpr int32_t kShift = 128;  // vpdpbusd wants one side without a sign
 

@@ -76,6 +76,9 @@ struct IsaTable {
   void (*append)(const Attention* job, const Query* query);
   // Scratch: floats, at least attention_scratch() of them.
   void (*attend)(const Attention* job, float* scratch);
+  // At the end of a call: what the calling thread has in registers of its own kind is dropped, for another library may
+  // use them next.
+  void (*rest)();
   // Slots [0, slots) of a query to its output.
   void (*merge)(const PhModel* model, const Query* query, const float* partials, uint32_t slots, float* scratch);
   // The largest of n floats, -inf for none.

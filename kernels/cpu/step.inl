@@ -58,6 +58,12 @@ void attend(const Attention* job, float* memory) {
     if (rows.query(row).partials == nullptr) finish<Input>(job->model, rows.query(row), rows.head(row), rows.at(row));
 }
 
+inline void rest() {
+#ifdef TILES
+  drop_tiles();
+#endif
+}
+
 template <class Input>
 constexpr IsaTable make_table(const char* name) {
   return {name,
@@ -69,6 +75,7 @@ constexpr IsaTable make_table(const char* name) {
           round_row<typename Input::type>,
           append,
           attend<Input>,
+          rest,
           merge<Input>,
           largest_of,
           at_least,

@@ -42,6 +42,7 @@ inline void shape_tiles(uint32_t rows) {
 
 // The registers are idle again: nothing of them is saved when the thread changes.
 inline void drop_tiles() {
+  if (t_shaped == 0) return;
   t_shaped = 0;
   _tile_release();
 }

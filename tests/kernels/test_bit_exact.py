@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,6 +295,21 @@ def test_prefixes_shared_in_a_batch(context: Context, page_size: int, threads: i
         got = model.attend(0, as_chunks([chunks[i] for i in order]), np.concatenate([rows[i] for i in order]))
         expected = np.concatenate([wanted[i] for i in order])
         np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    finally:
+        model.close()
+
+
+def test_another_library_that_uses_tiles(context: Context) -> None:
+    """It shapes and drops the tile registers of the calling thread as it likes, between two calls."""
+    model = context.model(1)
+    try:
+        pages = Pages(model, context.shape, context.kv_dtype, 100, 16)
+        lane = sequence(pages, length=LONG)
+        factor = torch.ones((512, 512), dtype=torch.bfloat16)
+        for _ in range(3):
+            output = model.attend(0, as_chunks([lane.chunk(0, LONG)]), context.qkv)
+            np.testing.assert_array_equal(output.view(np.uint32), context.output.view(np.uint32))
+            assert float((factor @ factor)[0, 0]) == 512
     finally:
         model.close()
 

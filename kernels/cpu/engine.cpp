@@ -239,7 +239,6 @@ int PhEngine::watched_step(const PhChunk* chunks, uint32_t count, const Results&
   const uint64_t ticks = __builtin_ia32_rdtsc();
   threads.take_waited();
   const int result = step(chunks, count, results, all_logits);
-  isa->rest();
   const double now = seconds_now(), passed = static_cast<double>(__builtin_ia32_rdtsc() - ticks);
   uint32_t rows = 0;
   for (uint32_t c = 0; c < count; ++c) rows += chunks[c].count;
@@ -254,7 +253,6 @@ void PhEngine::attend(uint32_t index, const PhChunk* chunks, uint32_t count, con
   for (uint32_t r = 0; r < rows; ++r)
     memcpy(qkv.get<float>(0) + size_t{r} * pad32(inputs), from + size_t{r} * inputs, size_t{inputs} * 4);
   attention(index);
-  isa->rest();
   for (uint32_t r = 0; r < rows; ++r) {
     for (uint32_t i = 0; i < outputs; ++i) {
       const size_t at = size_t{r} * pad32(outputs) + i;

@@ -6,6 +6,16 @@
 #include "matrix.h"
 #include "processor.h"
 
+namespace {
+
+// However a call ends.
+struct Rest {
+  const IsaTable* isa;
+  ~Rest() { isa->rest(); }
+};
+
+}  // namespace
+
 extern "C" {
 
 const char* pagehold_isas(void) { return isa_names(); }
@@ -38,6 +48,7 @@ const char* pagehold_isa(const PhEngine* engine) { return engine->isa->name; }
 
 int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint32_t* tokens, float* logprobs,
                   uint32_t* accepted, float* draft_logprobs, float* all_logits) {
+  const Rest rest{engine->isa};
   try {
     return engine->watched_step(chunks, count, {tokens, logprobs, accepted, draft_logprobs}, all_logits);
   } catch (const std::bad_alloc&) {
@@ -47,6 +58,7 @@ int pagehold_step(PhEngine* engine, const PhChunk* chunks, uint32_t count, uint3
 
 int pagehold_attend(PhEngine* engine, uint32_t layer, const PhChunk* chunks, uint32_t count, const float* qkv,
                     float* output) {
+  const Rest rest{engine->isa};
   try {
     engine->attend(layer, chunks, count, qkv, output);
     return 0;

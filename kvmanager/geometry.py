@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvmanager.errors import Refusal, Refused
-from kvmanager.layout import LAYER_MAJOR, PAGE_MAJOR, U64, Geometry, Header, KvDtype, PoolKind, Tables
+from kvmanager.layout import IN_WORDS, LAYER_MAJOR, PAGE_MAJOR, U64, Geometry, Header, KvDtype, PoolKind, Tables
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 
 NO_DEVICE: Final = bytes(16)
@@ -54,7 +54,7 @@ def asked_geometry(request: kv.AttachRequest) -> Geometry:
 
 def _check_pages(kv_dtype: KvDtype, layout_id: int, kind: PoolKind) -> None:
     """Raises Refused(INVALID) for pages that no kernel of the device reads, and for layouts that nobody knows."""
-    layouts = (PAGE_MAJOR,) if kind is PoolKind.HOST else (PAGE_MAJOR, LAYER_MAJOR)
+    layouts = (PAGE_MAJOR, IN_WORDS) if kind is PoolKind.HOST else (PAGE_MAJOR, LAYER_MAJOR)
     if layout_id not in layouts:
         raise Refused(Refusal.INVALID, f"page layout {layout_id} is none of {layouts}, those of such a pool")
     if kind is PoolKind.HOST and kv_dtype not in _HOST_DTYPES:

@@ -60,6 +60,7 @@ LOW32: Final = 0xFFFFFFFF
 # Layout ids. A slot holds head_dim elements of `KvDtype`; those of int8 are followed by their scale.
 PAGE_MAJOR: Final = 1  # [page][layer][k, v][kv_head][slot]
 LAYER_MAJOR: Final = 2  # [layer][page][k, v][kv_head][slot]; device pools only
+IN_WORDS: Final = 3  # [page][layer][k, v][kv_head] planes as kernels/cpu/pages.py has them; host pools only
 
 
 class Header(IntEnum):
@@ -103,10 +104,10 @@ class KvDtype(IntEnum):
     BFLOAT16 = 2
     FLOAT16 = 3
     FP8_E4M3 = 4  # with scales in `tables`
-    INT8 = 5  # each slot with a scale of its own, a float32 behind its codes; host pools only
+    INT8 = 5  # each slot with a scale of its own, a float32; host pools only
 
     def slot_bytes(self, head_dim: int) -> int:
-        """Of K or V of one token and head: what moves as a whole when slots are copied."""
+        """Of K or V of one token and head."""
         if self is KvDtype.INT8:
             return head_dim + 4
         return head_dim * {KvDtype.FLOAT32: 4, KvDtype.FP8_E4M3: 1}.get(self, 2)

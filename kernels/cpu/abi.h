@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 6u
+#define PAGEHOLD_ABI_VERSION 7u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
@@ -12,7 +12,7 @@ extern "C" {
 // as bfloat16; kPhIntegers (integers.py) by inputs that are rounded to 8 bits, those of `down` rotated before.
 enum PhEncoding : uint32_t { kPhBfloat16 = 0, kPhInt8 = 1, kPhInt4 = 2, kPhIntegers = 3 };
 
-// What a slot of a page holds of one head: head_dim elements; behind codes of int8 their scale, a float.
+// What pages hold, in the order of pages.inl; int8 with a float for each slot, its scale.
 enum PhKvType : uint32_t { kPhKvFloat32 = 0, kPhKvBfloat16 = 1, kPhKvInt8 = 2 };
 
 struct PhMatrix {
@@ -67,7 +67,7 @@ struct PhChunk {
 };
 
 struct PhPool {
-  uint8_t* base;  // [pages][layer][k, v][kv_head][page_size] slots
+  uint8_t* base;  // [pages][layer][k, v][kv_head] planes of page_size slots: pages.inl
   uint64_t pages;
   uint32_t page_size;
 };

@@ -2,20 +2,6 @@
 
 namespace {
 
-// Bytes.
-inline size_t slot_size(const PhModel* m) {
-  return m->kv_type == kPhKvInt8 ? m->head_dim + sizeof(float)
-                                 : size_t{m->head_dim} * (m->kv_type == kPhKvBfloat16 ? 2 : 4);
-}
-
-// First of the slots [page_size] for one page, layer, half (0: K, 1: V) and head.
-inline uint8_t* slots(const Attention* job, uint64_t entry, uint32_t half) {
-  const PhModel* m = job->model;
-  const size_t head = job->pool->page_size * slot_size(m);
-  const size_t page = static_cast<uint32_t>(entry);
-  return job->pool->base + (((page * m->layers + job->layer) * 2 + half) * m->kv_heads + job->kv_head) * head;
-}
-
 inline void rotate(float* x, const float* cosine, const float* sine, uint32_t half) {
   over(half, [&](uint32_t i, auto as) {
     const auto low = load_as(as, x + i), high = load_as(as, x + half + i);
@@ -31,38 +17,50 @@ inline void head_norm(float* x, const float* weight, uint32_t n, float eps) {
   over(n, [&](uint32_t i, auto as) { store(x + i, load_as(as, weight + i) * (load_as(as, x + i) * scale)); });
 }
 
-void append(const Attention* job, const Query* query) {
+// Of a query's row in place: of its queries and, where it is written, its key.
+inline void turn(const Attention* job, const Query& query) {
   const PhModel* m = job->model;
-  const uint32_t position = query->position;
   const PhLayer* layer = m->layer + job->layer;
   const uint32_t d = m->head_dim, half = d / 2, group = m->heads / m->kv_heads;
-  float* row = query->projected;
-  const float* cosine = m->rope_cos + size_t{position} * half;
-  const float* sine = m->rope_sin + size_t{position} * half;
-  for (uint32_t g = 0; g < group; ++g) {
-    float* q = row + size_t{job->kv_head * group + g} * d;
-    head_norm(q, layer->q_norm, d, m->rms_norm_eps);
-    rotate(q, cosine, sine, half);
+  const float* cosine = m->rope_cos + size_t{query.position} * half;
+  const float* sine = m->rope_sin + size_t{query.position} * half;
+  const auto turn_head = [&](uint32_t head, const float* norm) {
+    float* x = query.projected + size_t{head} * d;
+    head_norm(x, norm, d, m->rms_norm_eps);
+    rotate(x, cosine, sine, half);
+  };
+  for (uint32_t g = 0; g < group; ++g) turn_head(job->kv_head * group + g, layer->q_norm);
+  if (query.write) turn_head(m->heads + job->kv_head, layer->k_norm);
+}
+
+template <class Kv>
+inline void append_as(const Attention* job) {
+  constexpr uint32_t E = kWord<Kv>;
+  const PhModel* m = job->model;
+  const uint32_t d = m->head_dim, page_size = job->pool->page_size;
+  for (uint32_t q = 0, together; q < job->count; q += together) {
+    const Query& query = job->queries[q];
+    // Positions that follow on each other, up to the end of a word of values.
+    const auto follows = [&](uint32_t i) { return job->queries[q + i].position == query.position + i; };
+    together = 1;
+    if (query.position % E == 0 && q + E <= job->count && query.write && follows(E - 1)) together = E;
+    for (uint32_t i = 0; i < together; ++i) turn(job, job->queries[q + i]);
+    if (!query.write) continue;
+    const uint32_t slot = query.position % page_size;
+    const uint64_t entry = job->row[query.position / page_size];
+    const auto projected = [&](uint32_t i, uint32_t head) { return job->queries[q + i].projected + size_t{head} * d; };
+    const uint32_t key = m->heads + job->kv_head, value = key + m->kv_heads;
+    for (uint32_t i = 0; i < together; ++i)
+      put_key<Kv>(plane(job, entry, 0), page_size, slot + i, projected(i, key), d);
+    const size_t stride = together == 1 ? 0 : static_cast<size_t>(projected(1, 0) - projected(0, 0));
+    put_values<Kv>(plane(job, entry, 1), page_size, slot, projected(0, value), stride, together, d);
   }
-  if (!query->write) return;
-  float* k = row + size_t{m->heads + job->kv_head} * d;
-  const float* v = row + size_t{m->heads + m->kv_heads + job->kv_head} * d;
-  head_norm(k, layer->k_norm, d, m->rms_norm_eps);
-  rotate(k, cosine, sine, half);
-  const uint32_t page_size = job->pool->page_size;
-  const uint64_t entry = job->row[position / page_size];
-  const float* sources[2] = {k, v};
-  for (uint32_t which = 0; which < 2; ++which) {
-    uint8_t* slot = slots(job, entry, which) + position % page_size * slot_size(m);
-    if (m->kv_type == kPhKvInt8) {
-      store_int8(sources[which], d, slot);
-    } else if (m->kv_type == kPhKvBfloat16) {
-      uint16_t* out = reinterpret_cast<uint16_t*>(slot);
-      over(d, [&](uint32_t i, auto as) { store(out + i, load_as(as, sources[which] + i)); });
-    } else {
-      memcpy(slot, sources[which], size_t{d} * 4);
-    }
-  }
+}
+
+void append(const Attention* job) {
+  if (job->model->kv_type == kPhKvInt8) return append_as<int8_t>(job);
+  if (job->model->kv_type == kPhKvBfloat16) return append_as<uint16_t>(job);
+  append_as<float>(job);
 }
 
 }  // namespace

@@ -1,44 +1,11 @@
 // Attention over paged keys and values.
 //
-// A sequence's positions are reduced in parts of 128 counted from 0, each part alone: a score sums its products in W
-// lanes, then the lanes in one fixed tree; a weighted sum adds position after position, in a single accumulator. Then
-// parts are combined from the left. So the pieces of work that a step is cut into change no bit: nor does it matter
-// which rows (a query of one head) share the loads, and a position that a row does not see has weight 0, which adds
-// nothing.
-//
-// v2: three rows share the loads, pages are read where they lie, lanes are added up for many scores at once, the next
-// part is fetched early. 2.7 to 3.0 times as fast as v1, decode and prefill (AVX2; `python -m tests.kernels.bench`).
-// v3: parts stand alone, so that a long context is work for all threads.
+// A sequence's positions are reduced in parts of 128 counted from 0, each part alone: a score adds dimension after
+// dimension and a weighted sum position after position, each in a single accumulator. Then parts are combined from the
+// left. So the pieces of work that a step is cut into change no bit: nor does it matter which rows (a query of one
+// head) share the loads, and a position that a row does not see has weight 0, which adds nothing.
 
 namespace {
-
-// --- sums of lanes for many vectors at once ---
-
-struct Sum {
-  static vf of(vf x, vf y) { return x + y; }
-};
-struct Largest {
-  static vf of(vf x, vf y) { return x > y ? x : y; }
-};
-
-// Vectors of segments of G lanes, each segment a partial result: joins the halves of every segment; those of x and y
-// alternate in the result, in segments of half the size.
-template <class Join, uint32_t G, int... I>
-inline vf fold(vf x, vf y, std::integer_sequence<int, I...>) {
-  constexpr int half = G / 2;
-  const vf low = SHUFFLE(x, y, (I / int(G) * int(G) + I % half + (I % int(G) < half ? 0 : W))...);
-  const vf high = SHUFFLE(x, y, (I / int(G) * int(G) + I % half + half + (I % int(G) < half ? 0 : W))...);
-  return Join::of(low, high);
-}
-
-// v[0..N) into v[0]: lanes of segment i, of G / N lanes, belong to vector i.
-template <class Join, uint32_t G, int N>
-inline void fold_all(vf* v) {
-  if constexpr (N > 1) {
-    for (int i = 0; i < N / 2; ++i) v[i] = fold<Join, G>(v[i], v[i + N / 2], std::make_integer_sequence<int, W>{});
-    fold_all<Join, G / 2, N / 2>(v);
-  }
-}
 
 // --- partial results ---
 
@@ -147,72 +114,128 @@ inline Seen seen_by_any(const Attention* job, uint32_t start) {
   return all;
 }
 
-// Where the keys and values of a part lie: in pages, or converted to float; zeros where nobody looks.
+// --- where it lies ---
+
+constexpr uint32_t kRun = 16;  // positions whose keys lie side by side
+constexpr uint32_t kRuns = kPart / kRun;
+
+// The keys and values of a part, by runs: in pages, or copied from there. A run that nobody sees is some other one.
 template <class Kv>
 struct Part {
   Seen seen;
-  const Kv* keys[kPart];
-  const Kv* values[kPart];
+  uint32_t first, last;                                  // runs that are seen
+  uint32_t stride, width;                                // words to the next words of keys, and of values
+  const Kv* keys[kRuns];                                 // [head_dim / E][stride] words
+  const Kv* values[kRuns];                               // [kRun / E][width] words
+  const float *key_scales[kRuns], *value_scales[kRuns];  // [kRun], of codes
+
+  void place(uint32_t run, const Kv* key, const Kv* value, const float* key_scale, const float* value_scale) {
+    keys[run] = key;
+    values[run] = value;
+    key_scales[run] = key_scale;
+    value_scales[run] = value_scale;
+  }
+  // To be called when all that are seen have their place.
+  void fill() {
+    for (uint32_t run = 0; run < kRuns; ++run)
+      if (run < first || run >= last) place(run, keys[first], values[first], key_scales[first], value_scales[first]);
+  }
 };
 
-// From a slot of a page to the next.
-template <class Kv>
-inline size_t slot_elements(const PhModel* m) {
-  return slot_size(m) / sizeof(Kv);
-}
-
-constexpr uint32_t kFirstLines = 4;  // of a page's keys: the hardware then fetches on by itself
+// A run may lie in two pages.
+inline bool runs_are_cut(const Attention* job) { return job->pool->page_size % kRun != 0; }
 
 template <class Kv>
-inline void find_part(const Attention* job, uint32_t part, const void* zeros, Part<Kv>* found) {
-  const uint32_t page_size = job->pool->page_size, start = part * kPart;
-  const size_t slot = slot_elements<Kv>(job->model);
+inline void find_part(const Attention* job, uint32_t part, Part<Kv>* found) {
+  const uint32_t page_size = job->pool->page_size, d = job->model->head_dim, start = part * kPart;
   found->seen = seen_by_any(job, start);
-  const auto nothing = [&](uint32_t from, uint32_t to) {
-    for (uint32_t t = from; t < to; ++t) found->keys[t] = found->values[t] = static_cast<const Kv*>(zeros);
-  };
-  nothing(0, found->seen.begin);
-  nothing(found->seen.end, kPart);
-  for (uint32_t t = found->seen.begin; t < found->seen.end;) {
-    const uint32_t in_page = (start + t) % page_size;
-    const uint32_t left = found->seen.end - t, count = left < page_size - in_page ? left : page_size - in_page;
-    const uint64_t entry = job->row[(start + t) / page_size];
-    const Kv* keys = reinterpret_cast<const Kv*>(slots(job, entry, 0)) + in_page * slot;
-    const Kv* values = reinterpret_cast<const Kv*>(slots(job, entry, 1)) + in_page * slot;
-    for (uint32_t line = 0; line < kFirstLines; ++line) {
-      __builtin_prefetch(keys + line * 64 / sizeof(Kv), 0, 2);
-      __builtin_prefetch(values + line * 64 / sizeof(Kv), 0, 2);
-    }
-    for (const uint32_t stop = t + count; t < stop; ++t, keys += slot, values += slot) {
-      found->keys[t] = keys;
-      found->values[t] = values;
-    }
+  found->first = found->seen.begin / kRun;
+  found->last = found->seen.begin < found->seen.end ? (found->seen.end + kRun - 1) / kRun : found->first;
+  found->stride = page_size;
+  found->width = d;
+  if (found->first == kRuns) found->first = found->last = 0;
+  if (found->first == found->last || runs_are_cut(job)) {
+    const Kv* any = reinterpret_cast<const Kv*>(job->pool->base);
+    found->place(found->first, any, any, nullptr, nullptr);
+    found->last = found->first + 1;
+    found->fill();
+    return;
   }
+  for (uint32_t run = found->first; run < found->last;) {
+    const uint32_t position = start + run * kRun;
+    const uint64_t entry = job->row[position / page_size];
+    uint8_t *key = plane(job, entry, 0), *value = plane(job, entry, 1);
+    const float *key_scales = scales_of(key, page_size, d), *value_scales = scales_of(value, page_size, d);
+    for (uint32_t slot = position % page_size; slot < page_size && run < found->last; slot += kRun, ++run)
+      found->place(run, reinterpret_cast<Kv*>(key) + slot * kWord<Kv>, reinterpret_cast<Kv*>(value) + size_t{slot} * d,
+                   key_scales + slot, value_scales + slot);
+  }
+  found->fill();
 }
 
-// Of the codes of a part; 0 where nobody looks.
+// Floats that gathered parts take.
+template <class Kv>
+constexpr size_t gathered_size(uint32_t d) {
+  return 2 * kPart * (size_t{d} / kWord<Kv> + (sizeof(Kv) == 1));
+}
+
+// Copies a part whose runs may be cut, as if it were one page of kPart positions.
+template <class Kv>
+inline void gather(const Attention* job, uint32_t start, Part<Kv>* part, float* memory) {
+  constexpr uint32_t E = kWord<Kv>;
+  const uint32_t page_size = job->pool->page_size, d = job->model->head_dim;
+  Kv* keys = reinterpret_cast<Kv*>(memory);
+  Kv* values = keys + size_t{kPart} * d;
+  float *key_scales = reinterpret_cast<float*>(values + size_t{kPart} * d), *value_scales = key_scales + kPart;
+  for (uint32_t t = part->seen.begin / E * E; t < part->seen.end;) {
+    const uint32_t slot = (start + t) % page_size, left = (part->seen.end - t + E - 1) / E * E;
+    const uint32_t count = left < page_size - slot ? left : page_size - slot;
+    const uint64_t entry = job->row[(start + t) / page_size];
+    uint8_t *key = plane(job, entry, 0), *value = plane(job, entry, 1);
+    for (uint32_t i = 0; i < d; i += E)
+      memcpy(keys + size_t{i} * kPart + t * E, reinterpret_cast<Kv*>(key) + size_t{i} * page_size + slot * E,
+             size_t{count} * 4);
+    memcpy(values + size_t{t} * d, reinterpret_cast<Kv*>(value) + size_t{slot} * d, size_t{count} * d * sizeof(Kv));
+    if (sizeof(Kv) == 1) {
+      memcpy(key_scales + t, scales_of(key, page_size, d) + slot, size_t{count} * 4);
+      memcpy(value_scales + t, scales_of(value, page_size, d) + slot, size_t{count} * 4);
+    }
+    t += count;
+  }
+  part->first = 0;
+  part->last = kRuns;
+  part->stride = kPart;
+  for (uint32_t run = 0; run < kRuns; ++run)
+    part->place(run, keys + run * kRun * E, values + size_t{run} * kRun * d, key_scales + run * kRun,
+                value_scales + run * kRun);
+}
+
+// Of the codes of a part; anything where nobody looks.
 struct Scales {
   alignas(64) float keys[kPart];
   alignas(64) float values[kPart];
 };
 
-inline void take_scales(const Part<int8_t>& part, uint32_t d, Scales* scales) {
-  for (uint32_t t = 0; t < kPart; ++t) {
-    scales->keys[t] = scale_of(part.keys[t], d);
-    scales->values[t] = scale_of(part.values[t], d);
+inline void take_scales(const Part<int8_t>& part, Scales* scales) {
+  for (uint32_t run = part.first; run < part.last; ++run) {
+    memcpy(scales->keys + run * kRun, part.key_scales[run], kRun * sizeof(float));
+    memcpy(scales->values + run * kRun, part.value_scales[run], kRun * sizeof(float));
   }
 }
 
-// f(part, next): parts of the job as they lie in pages, with the one to fetch meanwhile.
+// f(part, next): parts of the job, with the one to fetch meanwhile. memory: floats, gathered_size().
 template <class Kv, class F>
-inline void over_parts(const Attention* job, const void* zeros, Rows* rows, F&& f) {
+inline void over_parts(const Attention* job, float* memory, Rows* rows, F&& f) {
   Part<Kv> parts[2];
-  find_part(job, job->first, zeros, parts + job->first % 2);
+  find_part(job, job->first, parts + job->first % 2);
   for (uint32_t p = job->first; p < job->last; ++p) {
     const Attention* from = p + 1 < job->last ? job : job->following;
-    if (from != nullptr) find_part(from, from == job ? p + 1 : from->first, zeros, parts + (p + 1) % 2);
-    const Part<Kv>&part = parts[p % 2], &next = parts[(p + (from != nullptr)) % 2];
-    if (part.seen.begin < part.seen.end) f(p * kPart, part, next);
+    if (from != nullptr) find_part(from, from == job ? p + 1 : from->first, parts + (p + 1) % 2);
+    Part<Kv>&part = parts[p % 2], &next = parts[(p + (from != nullptr)) % 2];
+    if (part.seen.begin < part.seen.end) {
+      if (runs_are_cut(job)) gather(job, p * kPart, &part, memory);
+      f(p * kPart, part, next);
+    }
     if (job->leading) continue;
     rows->keep(p - job->first);
     rows->clear();
@@ -225,37 +248,34 @@ inline void over_parts(const Attention* job, const void* zeros, Rows* rows, F&& 
 // --- one part in float ---
 
 constexpr int kAttentionRows = W == 16 ? 6 : 3;  // rows that share loads: with 4 vectors each, 24 or 12 accumulators
-constexpr uint32_t kTogether = 4;                // positions scored at once
+constexpr uint32_t kScored = W == 16 ? 2 : kRun / W;  // vectors of positions that are scored at once
 
-// Scores of W positions from `first` on for R rows, times the scales of codes. queries: [R][padded].
+// Scores of kScored vectors of positions from `first` on for R rows, times the scales of codes. queries: [R][padded].
 template <int R, class Kv>
 inline void score(const Part<Kv>& part, const Part<Kv>& next, uint32_t first, const float* queries, uint32_t d,
                   uint32_t padded, const Scales* scales, float (*scores)[kPart]) {
-  constexpr uint32_t groups = W / kTogether;
-  vf sums[R][groups];
-  for (uint32_t group = 0; group < groups; ++group) {
-    vf acc[R][kTogether];
-    for (int r = 0; r < R; ++r)
-      for (uint32_t t = 0; t < kTogether; ++t) acc[r][t] = vf{};
-    const Kv* const* keys = part.keys + first + group;  // every `groups`-th position: so the lanes end in order
-    for (uint32_t t = 0; t < kTogether; ++t)
-      for (uint32_t i = 0; i < d; i += 64 / sizeof(Kv)) __builtin_prefetch(next.keys[first + group + t * groups] + i);
-    for (uint32_t i = 0; i < d; i += W) {
-      vf q[R];
-      for (int r = 0; r < R; ++r) q[r] = load(queries + r * padded + i);
-      for (uint32_t t = 0; t < kTogether; ++t) {
-        const vf k = load(keys[t * groups] + i);
-        for (int r = 0; r < R; ++r) acc[r][t] += q[r] * k;
+  constexpr uint32_t E = kWord<Kv>;
+  const Kv* from[kScored];
+  for (uint32_t v = 0; v < kScored; ++v) from[v] = part.keys[(first + v * W) / kRun] + (first + v * W) % kRun * E;
+  vf acc[R][kScored];
+  for (int r = 0; r < R; ++r)
+    for (uint32_t v = 0; v < kScored; ++v) acc[r][v] = vf{};
+  for (uint32_t i = 0; i < d; i += E) {
+    vu words[kScored];
+    for (uint32_t v = 0; v < kScored; ++v) words[v] = load_words(from[v] + size_t{i} * part.stride);
+    for (uint32_t t = 0; t < kScored * W; t += kRun)
+      __builtin_prefetch(next.keys[(first + t) / kRun] + size_t{i} * next.stride);
+    for (uint32_t e = 0; e < E; ++e) {
+      for (int r = 0; r < R; ++r) {
+        const vf q = splat(queries[r * padded + i + e]);
+        for (uint32_t v = 0; v < kScored; ++v) acc[r][v] += q * element(from[0], words[v], e);
       }
     }
-    for (int r = 0; r < R; ++r) {
-      fold_all<Sum, W, kTogether>(acc[r]);
-      sums[r][group] = acc[r][0];
-    }
   }
-  for (int r = 0; r < R; ++r) {
-    fold_all<Sum, groups, groups>(sums[r]);
-    store(scores[r] + first, scales != nullptr ? sums[r][0] * load(scales->keys + first) : sums[r][0]);
+  for (uint32_t v = 0; v < kScored; ++v) {
+    const uint32_t at = first + v * W;
+    for (int r = 0; r < R; ++r)
+      store(scores[r] + at, scales != nullptr ? acc[r][v] * load(scales->keys + at) : acc[r][v]);
   }
 }
 
@@ -286,27 +306,39 @@ inline void soften(const PhModel* m, float* scores, Seen seen, float* partial) {
 template <int R, int V, class Kv>
 inline void weigh(const Part<Kv>& part, const Part<Kv>& next, Seen seen, const float (*weights)[kPart], uint32_t i,
                   uint32_t stride, float* partials) {
+  constexpr uint32_t E = kWord<Kv>;
   vf sums[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r][v] = vf{};
-  for (uint32_t t = seen.begin; t < seen.end; ++t) {
-    const Kv* from = part.values[t] + i;
-    for (int line = 0; line < V * W; line += 64 / sizeof(Kv)) __builtin_prefetch(next.values[t] + i + line);
+  const auto add = [&](const vu* words, uint32_t t, uint32_t e) {
     float p[R];
-    for (int r = 0; r < R; ++r) p[r] = weights[r][t];
+    for (int r = 0; r < R; ++r) p[r] = weights[r][t + e];
     for (int v = 0; v < V; ++v) {
-      const vf value = load(from + v * W);
+      const vf value = element(part.values[0], words[v], e);
       for (int r = 0; r < R; ++r) sums[r][v] += p[r] * value;
+    }
+  };
+  for (uint32_t t = seen.begin / E * E; t < seen.end; t += E) {
+    const Kv* from = part.values[t / kRun] + (size_t{t % kRun / E} * part.width + i) * E;
+    const Kv* after = next.values[t / kRun] + (size_t{t % kRun / E} * next.width + i) * E;
+    vu words[V];
+    for (int v = 0; v < V; ++v) words[v] = load_words(from + v * W * E);
+    for (uint32_t line = 0; line < V * W; line += 16) __builtin_prefetch(after + line * E);
+    if (t >= seen.begin && t + E <= seen.end) {
+      for (uint32_t e = 0; e < E; ++e) add(words, t, e);
+    } else {  // what nobody sees may be anything
+      for (uint32_t e = 0; e < E; ++e)
+        if (t + e >= seen.begin && t + e < seen.end) add(words, t, e);
     }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) store(partials + r * stride + kPartialValues + i + v * W, sums[r][v]);
 }
 
-// R rows from `row` on. scales: of codes, else null. queries: [R][padded].
+// R rows from `row` on. scales: of codes, else null. queries: [R][padded]. width: of values, whole vectors.
 template <int R, class Kv>
 inline void attend_rows(const Rows& rows, uint32_t row, uint32_t start, const Part<Kv>& part, const Part<Kv>& next,
-                        const Scales* scales, const float* queries, uint32_t d, uint32_t padded, float* partials) {
+                        const Scales* scales, const float* queries, uint32_t padded, uint32_t width, float* partials) {
   alignas(64) float scores[R][kPart];
   const PhModel* m = rows.job->model;
   Seen seen[R], any = {kPart, 0};
@@ -317,48 +349,59 @@ inline void attend_rows(const Rows& rows, uint32_t row, uint32_t start, const Pa
     any.end = seen[r].end > any.end ? seen[r].end : any.end;
   }
   if (any.begin >= any.end) return;
-  for (uint32_t t = 0; t < kPart; t += W)
-    if (t + W > any.begin && t < any.end) score<R>(part, next, t, queries, d, padded, scales, scores);
+  for (uint32_t t = 0; t < kPart; t += kScored * W)
+    if (t + kScored * W > any.begin && t < any.end)
+      score<R>(part, next, t, queries, m->head_dim, padded, scales, scores);
   for (int r = 0; r < R; ++r) {
     soften(m, scores[r], seen[r], partials + r * rows.stride);
     if (scales == nullptr) continue;
     for (uint32_t t = 0; t < kPart; t += W) store(scores[r] + t, load(scores[r] + t) * load(scales->values + t));
   }
   uint32_t i = 0;
-  for (; i + 4 * W <= d; i += 4 * W) weigh<R, 4>(part, next, any, scores, i, rows.stride, partials);
-  for (; i + 2 * W <= d; i += 2 * W) weigh<R, 2>(part, next, any, scores, i, rows.stride, partials);
-  for (; i < d; i += W) weigh<R, 1>(part, next, any, scores, i, rows.stride, partials);
+  for (; i + 4 * W <= width; i += 4 * W) weigh<R, 4>(part, next, any, scores, i, rows.stride, partials);
+  for (; i + 2 * W <= width; i += 2 * W) weigh<R, 2>(part, next, any, scores, i, rows.stride, partials);
+  for (; i < width; i += W) weigh<R, 1>(part, next, any, scores, i, rows.stride, partials);
   for (int r = 0; r < R; ++r)
     if (seen[r].begin < seen[r].end) combine(rows.at(row + r), partials + r * rows.stride, rows.stride);
 }
 
-// The seen positions of a part as floats, each padded with zeros; codes without their scales.
+// The seen runs of a part as floats, values padded with zeros; codes without their scales.
 template <class Kv>
-inline void convert_part(const Part<Kv>& part, const float* zeros, uint32_t d, uint32_t padded, float* memory,
-                         Part<float>* converted) {
-  for (uint32_t t = 0; t < kPart; ++t) {
-    converted->keys[t] = converted->values[t] = zeros;
-    if (t < part.seen.begin || t >= part.seen.end) continue;
-    for (uint32_t which = 0; which < 2; ++which) {
-      const Kv* from = which ? part.values[t] : part.keys[t];
-      float* to = memory + (size_t{which} * kPart + t) * padded;
-      uint32_t i = 0;
-      for (; i + W <= d; i += W) store(to + i, load(from + i));
-      for (; i < padded; ++i) to[i] = i < d ? to_float(from[i]) : 0.0f;
-      (which ? converted->values[t] : converted->keys[t]) = to;
-    }
+inline void convert_part(const Part<Kv>& part, uint32_t d, uint32_t padded, float* memory, Part<float>* converted) {
+  constexpr uint32_t E = kWord<Kv>;
+  float *keys = memory, *values = memory + size_t{kPart} * padded;
+  converted->seen = part.seen;
+  converted->first = part.first;
+  converted->last = part.last;
+  converted->stride = kPart;
+  converted->width = padded;
+  for (uint32_t run = part.first; run < part.last; ++run) {
+    float *to = keys + run * kRun, *rows = values + size_t{run} * kRun * padded;
+    for (uint32_t i = 0; i < d; i += E)
+      for (uint32_t t = 0; t < kRun; t += W) {
+        const vu words = load_words(part.keys[run] + size_t{i} * part.stride + t * E);
+        for (uint32_t e = 0; e < E; ++e) store(to + (i + e) * kPart + t, element(part.keys[0], words, e));
+      }
+    for (uint32_t t = 0; t < kRun; t += E)
+      for (uint32_t i = 0; i < padded; i += W) {
+        alignas(64) Kv some[W * E] = {};
+        const uint32_t left = i >= d ? 0 : d - i < W ? d - i : W;
+        memcpy(some, part.values[run] + (size_t{t} / E * part.width + i) * E, left * 4);
+        for (uint32_t e = 0; e < E; ++e) store(rows + (t + e) * padded + i, element(some, load_words(some), e));
+      }
+    converted->place(run, to, rows, nullptr, nullptr);
   }
+  converted->fill();
 }
 
 template <class Kv>
 inline void attend_in_float(const Attention* job, Rows* rows, float* memory) {
   const uint32_t d = job->model->head_dim, padded = pad16(d);
-  float* zeros = memory;
-  float* queries = zeros + padded;
+  float* queries = memory;
   float* partials = queries + size_t{rows->count} * padded;
   float* floats = partials + kAttentionRows * rows->stride;
+  float* gathered = floats + 2 * kPart * size_t{padded};
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  memset(zeros, 0, padded * sizeof(float));
   for (uint32_t row = 0; row < rows->count; ++row) {
     const float* from = rows->query(row).projected + size_t{rows->head(row)} * d;
     for (uint32_t i = 0; i < padded; ++i) queries[row * padded + i] = i < d ? from[i] * scale : 0.0f;
@@ -368,16 +411,16 @@ inline void attend_in_float(const Attention* job, Rows* rows, float* memory) {
   Part<float> converted;
   Scales taken;
   const Scales* scales = sizeof(Kv) == 1 ? &taken : nullptr;
-  over_parts<Kv>(job, zeros, rows, [&](uint32_t start, const Part<Kv>& part, const Part<Kv>& next) {
-    if constexpr (sizeof(Kv) == 1) take_scales(part, d, &taken);
-    if (convert) convert_part(part, zeros, d, padded, floats, &converted);
+  over_parts<Kv>(job, gathered, rows, [&](uint32_t start, const Part<Kv>& part, const Part<Kv>& next) {
+    if constexpr (sizeof(Kv) == 1) take_scales(part, &taken);
+    if (convert) convert_part(part, d, padded, floats, &converted);
     in_blocks<kAttentionRows>(rows->count, [&](uint32_t row, auto count) {
       constexpr int R = decltype(count)::value;
       const float* from = queries + size_t{row} * padded;
       if (convert) {
         attend_rows<R>(*rows, row, start, converted, converted, scales, from, padded, padded, partials);
       } else {
-        attend_rows<R>(*rows, row, start, part, next, scales, from, d, padded, partials);
+        attend_rows<R>(*rows, row, start, part, next, scales, from, padded, d, partials);
       }
     });
   });

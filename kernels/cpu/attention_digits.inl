@@ -44,82 +44,6 @@ __attribute__((noinline)) float query_digits(const float* query, uint32_t d, uin
   return largest / kMostDigits;
 }
 
-// --- from pages into blocks; those of the next part are fetched meanwhile ---
-
-typedef int8_t vb4 __attribute__((vector_size(W * 4)));  // four codes to a lane
-
-#ifdef __clang__
-#define SHUFFLE_BYTES(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE_BYTES(x, y, ...) __builtin_shuffle(x, y, (vb4){__VA_ARGS__})
-#endif
-
-// 64 codes from `from` on, those from `count` on 0.
-inline vu load_codes(const int8_t* from, uint32_t count) {
-  if (count >= 4 * W) return *reinterpret_cast<const vu_unaligned*>(from);
-  alignas(64) int8_t some[4 * W] = {};
-  memcpy(some, from, count);
-  return *reinterpret_cast<const vu_unaligned*>(some);
-}
-
-inline void store_codes(int8_t* to, vu codes) { *reinterpret_cast<vu_unaligned*>(to) = codes; }
-inline void store_codes(int8_t* to, vb4 codes) { store_codes(to, reinterpret_cast<vu>(codes)); }
-
-// keys [depth / 4][kPart][4] and scales, of `count` positions.
-inline void take_key_codes(const Part<int8_t>& part, const Part<int8_t>& next, uint32_t count, uint32_t d, int8_t* keys,
-                           float* scales) {
-  for (uint32_t t = 0; t < count; t += 16) {
-    for (uint32_t p = 0; p < 16; ++p) {
-      __builtin_prefetch(next.keys[t + p] + d, 0, 2);
-      scales[t + p] = scale_of(part.keys[t + p], d);
-    }
-    for (uint32_t i = 0; i < d; i += 64) {
-      vu v[16];
-      for (uint32_t p = 0; p < 16; ++p) v[p] = load_codes(part.keys[t + p] + i, d - i);
-      transpose(v);
-      int8_t* to = keys + (size_t{i} / 4 * kPart + t) * 4;
-      for (int c = 0; c < 16; ++c) store_codes(to + size_t(c) * 4 * kPart, v[transposed(c)]);
-    }
-  }
-}
-
-// Words 4 q + c of a vector to 4 c + q: pairs up within quarters then leave columns in order.
-template <int... I>
-inline vb4 spread(vu x, std::integer_sequence<int, I...>) {
-  return reinterpret_cast<vb4>(SHUFFLE(x, x, (I % 4 * 4 + I / 4)...));
-}
-// Within each quarter: elements of `Size` bytes of x and y in turns, of the lower half or the upper.
-template <int Size, int Half, int... I>
-inline vb4 interleave(vb4 x, vb4 y, std::integer_sequence<int, I...>) {
-  return SHUFFLE_BYTES(
-      x, y, (I / 16 * 16 + Half * 8 + I % 16 / (2 * Size) * Size + I % Size + (I / Size % 2 ? 4 * W : 0))...);
-}
-
-// values [count / 4][width][4], four positions to a word, and scales.
-inline void take_value_codes(const Part<int8_t>& part, const Part<int8_t>& next, uint32_t count, uint32_t d,
-                             uint32_t width, int8_t* values, float* scales) {
-  const auto words = std::make_integer_sequence<int, W>{};
-  const auto bytes = std::make_integer_sequence<int, 4 * W>{};
-  for (uint32_t t = 0; t < count; t += 4) {
-    for (uint32_t p = 0; p < 4; ++p) {
-      __builtin_prefetch(next.values[t + p] + d, 0, 2);
-      scales[t + p] = scale_of(part.values[t + p], d);
-    }
-    for (uint32_t i = 0; i < d; i += 64) {
-      vb4 v[4];
-      for (uint32_t p = 0; p < 4; ++p) v[p] = spread(load_codes(part.values[t + p] + i, d - i), words);
-      const vb4 low[2] = {interleave<1, 0>(v[0], v[1], bytes), interleave<1, 0>(v[2], v[3], bytes)};
-      const vb4 high[2] = {interleave<1, 1>(v[0], v[1], bytes), interleave<1, 1>(v[2], v[3], bytes)};
-      int8_t* to = values + (size_t{t} / 4 * width + i) * 4;
-      store_codes(to, interleave<2, 0>(low[0], low[1], bytes));
-      store_codes(to + 64, interleave<2, 1>(low[0], low[1], bytes));
-      if (i + 32 >= width) continue;
-      store_codes(to + 128, interleave<2, 0>(high[0], high[1], bytes));
-      store_codes(to + 192, interleave<2, 1>(high[0], high[1], bytes));
-    }
-  }
-}
-
 // --- softmax of one part ---
 
 // The larger as bits: NaN is above all. Of weights, which have no sign.
@@ -214,7 +138,6 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
   const auto take_codes = [&](size_t bytes) { return reinterpret_cast<int8_t*>(take(bytes / sizeof(float))); };
   float* factors = take(pad16(rows->count));
   int8_t* queries = take_codes(size_t{pad16(rows->count)} * 2 * depth);  // of each block [digit][rows][depth]
-  int8_t* zeros = take_codes(depth + 64);
   int8_t* keys = take_codes(size_t{depth} * kPart);
   int8_t* values = take_codes(size_t{width} * kPart);
   int8_t* weights = take_codes(2 * kDigitRows * kPart);
@@ -222,7 +145,6 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
   float* sums = take(size_t{2} * kDigitRows * width);
   float* partials = take(size_t{kDigitRows} * rows->stride);
   Scales scales;
-  memset(zeros, 0, depth + 64);
   const auto rows_from = [&](uint32_t row) { return rows->count - row < kDigitRows ? rows->count - row : kDigitRows; };
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
   for (uint32_t row = 0; row < rows->count; ++row) {
@@ -231,9 +153,10 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
     const float* query = rows->query(row).projected + size_t{rows->head(row)} * d;
     factors[row] = query_digits(query, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
   }
-  over_parts<int8_t>(job, zeros, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
-    take_key_codes(part, next, pad64(part.seen.end), d, keys, scales.keys);
-    take_value_codes(part, next, pad64(part.seen.end), d, width, values, scales.values);
+  over_parts<int8_t>(job, memory, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
+    const Part<int8_t> deep = deepened(part, d, depth, keys);
+    take_scales(part, &scales);
+    take_values(part, next, pad64(part.seen.end), d, width, values);
     for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
       const uint32_t size = rows_from(row);
       Seen seen[kDigitRows];
@@ -245,10 +168,10 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       if (count == 0) continue;
       count = pad64(count);
       shape_tiles(2 * size);
-      product(queries + size_t{2} * row * depth, depth, keys, kPart, scores, kPart, 2 * size, count, depth);
+      score_tiles(queries + size_t{2} * row * depth, deep, row == 0 ? &next : nullptr, depth, scores, 2 * size, count);
       Softened softened;
       soften_digits(job->model, scores, factors + row, scales, seen, size, count, weights, &softened);
-      product(weights, kPart, values, width, sums, width, 2 * size, width, count);
+      weigh_tiles(weights, values, width, sums, width, 2 * size, count);
       for (uint32_t r = 0; r < size; ++r) {
         float* partial = partials + r * rows->stride;
         partial[0] = softened.largest[r];

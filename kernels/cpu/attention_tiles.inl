@@ -1,22 +1,52 @@
 // Attention by tiles: queries, keys, weights and values of a part are bfloat16, their products and sums are float.
 //
 // For pages and inputs of bfloat16. Parts, masks and how parts are combined are those of attention.inl. Both products
-// are C[rows][N] = A[rows][K] B[K/2][N][2]: scores are queries x keys, with keys transposed on the way out of their
-// pages; sums are weights x values, with values paired up. A product adds along K in one order whatever the rows, so a
-// decode has the bits of a prefill. Weights are summed as they were rounded: what rounding adds to one side of the
-// quotient it adds to the other.
+// are C[rows][N] = A[rows][K] B[K/2][N][2], with B as it lies in pages: scores are queries x keys, sums are weights x
+// values. Keys are multiplied in their pages; values are copied first, for a tile takes more positions than a page may
+// have, and what nobody sees must be 0. A product adds along K in one order whatever the rows, so a decode has the bits
+// of a prefill. Weights are summed as they were rounded: what rounding adds to one side of the quotient it adds to the
+// other.
 //
 // The same with vdpbf16ps in place of tiles was no faster than floats: a prompt of 512 took as long, a decode longer.
 
 namespace {
 
 constexpr uint32_t kScoredRows = 32;  // rows that are scored before their values are summed
-constexpr uint32_t kPairs = kPart / 2;
+
+// --- sums of lanes for many vectors at once ---
+
+struct Sum {
+  static vf of(vf x, vf y) { return x + y; }
+};
+struct Largest {
+  static vf of(vf x, vf y) { return x > y ? x : y; }
+};
+
+// Vectors of segments of G lanes, each segment a partial result: joins the halves of every segment; those of x and y
+// alternate in the result, in segments of half the size.
+template <class Join, uint32_t G, int... I>
+inline vf fold(vf x, vf y, std::integer_sequence<int, I...>) {
+  constexpr int half = G / 2;
+  const vf low = SHUFFLE(x, y, (I / int(G) * int(G) + I % half + (I % int(G) < half ? 0 : W))...);
+  const vf high = SHUFFLE(x, y, (I / int(G) * int(G) + I % half + half + (I % int(G) < half ? 0 : W))...);
+  return Join::of(low, high);
+}
+
+// v[0..N) into v[0]: lanes of segment i, of G / N lanes, belong to vector i.
+template <class Join, uint32_t G, int N>
+inline void fold_all(vf* v) {
+  if constexpr (N > 1) {
+    for (int i = 0; i < N / 2; ++i) v[i] = fold<Join, G>(v[i], v[i + N / 2], std::make_integer_sequence<int, W>{});
+    fold_all<Join, G / 2, N / 2>(v);
+  }
+}
 
 // --- products ---
 //
-// c [rows][c_stride] = a [rows][a_stride] b [k / 2][columns][2], columns [0, n); n and k are multiples of 32, rows at
-// most 32. Of int8 a word holds four elements, k is a multiple of 64, and c holds the bits of int32.
+// c [rows][c_stride] = a [rows][a_stride] b, columns [0, n); n and k are multiples of 32, rows at most 32. Of int8 a
+// word holds four elements, k is a multiple of 64, and c holds the bits of int32. at(i, j): where the words of b for
+// columns [i, i + 16) and for elements from j on lie; from one row of words to the next it is `stride` words. fetch(i,
+// j) is called once for each.
 
 inline void dot_0(uint16_t) { dot_bfloat16_0(); }
 inline void dot_1(uint16_t) { dot_bfloat16_1(); }
@@ -27,10 +57,10 @@ inline void dot_1(int8_t) { dot_int8_1(); }
 inline void dot_2(int8_t) { dot_int8_2(); }
 inline void dot_3(int8_t) { dot_int8_3(); }
 
-template <class Element>
-inline void product(const Element* a, uint32_t a_stride, const Element* b, uint32_t columns, float* c,
+template <class Element, class At, class Fetch>
+inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Fetch&& fetch, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
-  constexpr uint32_t word = 4 / sizeof(Element), row = kTileRow / sizeof(Element);
+  constexpr uint32_t row = kTileRow / sizeof(Element);
   const bool both = rows > 16;
   for (uint32_t i = 0; i < n; i += 32) {
     clear_tile0();
@@ -38,9 +68,10 @@ inline void product(const Element* a, uint32_t a_stride, const Element* b, uint3
     clear_tile2();
     clear_tile3();
     for (uint32_t j = 0; j < k; j += row) {
-      const Element* from = b + (size_t{j} / word * columns + i) * word;
-      load_tile6(from, size_t{columns} * 4);
-      load_tile7(from + row, size_t{columns} * 4);
+      load_tile6(at(i, j), size_t{stride} * 4);
+      load_tile7(at(i + 16, j), size_t{stride} * 4);
+      fetch(i, j);
+      fetch(i + 16, j);
       load_tile4(a + j, a_stride * sizeof(Element));
       dot_0(Element{});
       dot_1(Element{});
@@ -57,107 +88,86 @@ inline void product(const Element* a, uint32_t a_stride, const Element* b, uint3
   }
 }
 
+// next: the keys to fetch meanwhile, or null.
+template <class Kv>
+inline void score_tiles(const Kv* queries, const Part<Kv>& part, const Part<Kv>* next, uint32_t depth, float* scores,
+                        uint32_t rows, uint32_t count) {
+  const auto at = [&](uint32_t i, uint32_t j) { return part.keys[i / kRun] + size_t{j} * part.stride; };
+  const auto fetch = [&](uint32_t i, uint32_t j) {
+    if (next == nullptr) return;
+    const Kv* keys = next->keys[i / kRun] + size_t{j} * next->stride;
+    for (uint32_t row = 0; row < 16; ++row, keys += size_t{next->stride} * kWord<Kv>) __builtin_prefetch(keys, 0, 2);
+  };
+  product(queries, depth, part.stride, at, fetch, scores, kPart, rows, count, depth);
+}
+
+// values: [count / E][width] words.
+template <class Kv>
+inline void weigh_tiles(const Kv* weights, const Kv* values, uint32_t width, float* sums, uint32_t sums_stride,
+                        uint32_t rows, uint32_t count) {
+  const auto at = [&](uint32_t i, uint32_t j) { return values + size_t{j} * width + i * kWord<Kv>; };
+  const auto fetch = [](uint32_t, uint32_t) {};
+  product(weights, kPart, width, at, fetch, sums, sums_stride, rows, width, count);
+}
+
 // --- from pages into blocks ---
 
-typedef uint16_t vh2 __attribute__((vector_size(W * 4)));  // pairs of bfloat16
-
-#ifdef __clang__
-#define SHUFFLE_WORDS(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE_WORDS(x, y, ...) __builtin_shuffle(x, y, (vh2){__VA_ARGS__})
-#endif
-
-// 32 elements from `from` on, those from `count` on 0.
-inline vu load_pairs(const uint16_t* from, uint32_t count) {
-  if (count >= 2 * W) return *reinterpret_cast<const vu_unaligned*>(from);
-  alignas(64) uint16_t some[2 * W] = {};
-  memcpy(some, from, count * sizeof(uint16_t));
-  return *reinterpret_cast<const vu_unaligned*>(some);
+inline void store_words(void* to, vu words) { *static_cast<vu_unaligned*>(to) = words; }
+inline void copy_words(void* to, const void* from, uint32_t count) {
+  uint32_t i = 0;
+  for (; i + W <= count; i += W)
+    store_words(static_cast<vu*>(to) + i / W, load_words(static_cast<const vu*>(from) + i / W));
+  if (i < count) memcpy(static_cast<vu*>(to) + i / W, static_cast<const vu*>(from) + i / W, (count - i) * 4);
 }
 
-inline void store_pairs(uint16_t* to, vu pairs) { *reinterpret_cast<vu_unaligned*>(to) = pairs; }
-
-// Within each quarter of four lanes: lanes of x and y in turns, of the lower two or the upper two.
-template <int... I>
-inline void mix_lanes(vu& x, vu& y, std::integer_sequence<int, I...>) {
-  const vu low = SHUFFLE(x, y, (I / 4 * 4 + I % 4 / 2 + (I % 2 ? W : 0))...);
-  y = SHUFFLE(x, y, (I / 4 * 4 + 2 + I % 4 / 2 + (I % 2 ? W : 0))...);
-  x = low;
-}
-// Pairs of lanes in turns.
-template <int... I>
-inline void mix_pairs(vu& x, vu& y, std::integer_sequence<int, I...>) {
-  const vu low = SHUFFLE(x, y, (I / 4 * 4 + I % 2 + (I % 4 / 2 ? W : 0))...);
-  y = SHUFFLE(x, y, (I / 4 * 4 + 2 + I % 2 + (I % 4 / 2 ? W : 0))...);
-  x = low;
-}
-// Quarters 0 and 2 of both, and quarters 1 and 3.
-template <int... I>
-inline void mix_quarters(vu& x, vu& y, std::integer_sequence<int, I...>) {
-  const vu even = SHUFFLE(x, y, (I % 4 + I / 4 % 2 * 8 + (I / 8 ? W : 0))...);
-  y = SHUFFLE(x, y, (I % 4 + 4 + I / 4 % 2 * 8 + (I / 8 ? W : 0))...);
-  x = even;
-}
-
-// 16 x 16 words of 32 bits.
-inline void transpose(vu (&v)[16]) {
-  const auto lanes = std::make_integer_sequence<int, W>{};
-  for (int i = 0; i < 16; i += 2) mix_lanes(v[i], v[i + 1], lanes);
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) mix_pairs(v[i + j], v[i + j + 2], lanes);
-  // v[4 i + {0, 2, 1, 3}[c]] now has, in quarter q, column 4 q + c of rows [4 i, 4 i + 4).
-  for (int c = 0; c < 4; ++c) {
-    mix_quarters(v[c], v[c + 4], lanes);
-    mix_quarters(v[c + 8], v[c + 12], lanes);
-    mix_quarters(v[c], v[c + 8], lanes);       // columns of quarters 0 and 2
-    mix_quarters(v[c + 4], v[c + 12], lanes);  // of 1 and 3
-  }
-}
-
-// The vector that holds a column after transpose().
-constexpr int transposed(int column) {
-  constexpr int order[4] = {0, 2, 1, 3};
-  return order[column % 4] + column / 4 % 2 * 4 + column / 8 * 8;
-}
-
-// keys [depth / 2][kPart][2], of `count` positions, a multiple of 16. The next part is fetched meanwhile.
-inline void take_keys(const Part<uint16_t>& part, const Part<uint16_t>& next, uint32_t count, uint32_t d,
-                      uint16_t* keys) {
-  for (uint32_t t = 0; t < count; t += 16) {
-    for (uint32_t i = 0; i < d; i += 32) {
-      vu v[16];
-      for (uint32_t p = 0; p < 16; ++p) {
-        __builtin_prefetch(next.keys[t + p] + i, 0, 2);
-        v[p] = load_pairs(part.keys[t + p] + i, d - i);
+// A part whose keys have `depth` dimensions, with zeros behind those that there are: itself where there are as many.
+template <class Kv>
+inline Part<Kv> deepened(const Part<Kv>& part, uint32_t d, uint32_t depth, Kv* memory) {
+  constexpr uint32_t E = kWord<Kv>;
+  Part<Kv> deep = part;
+  if (d == depth) return deep;
+  deep.stride = kPart;
+  for (uint32_t run = part.first; run < part.last; ++run) {
+    Kv* to = memory + size_t{run} * kRun * E;
+    deep.keys[run] = to;
+    for (uint32_t i = 0; i < depth; i += E, to += size_t{kPart} * E) {
+      if (i < d) {
+        copy_words(to, part.keys[run] + size_t{i} * part.stride, kRun);
+      } else {
+        memset(to, 0, kRun * 4);
       }
-      transpose(v);
-      uint16_t* to = keys + (size_t{i} / 2 * kPart + t) * 2;
-      for (int c = 0; c < 16; ++c) store_pairs(to + size_t(c) * 2 * kPart, v[transposed(c)]);
     }
   }
+  deep.fill();
+  return deep;
 }
 
-// Elements of x and y in turns, of their low or high halves.
-template <int... I>
-inline void pair_up(vh2 x, vh2 y, vu* low, vu* high, std::integer_sequence<int, I...>) {
-  *low = reinterpret_cast<vu>(SHUFFLE_WORDS(x, y, (I / 2 + (I % 2 ? 2 * W : 0))...));
-  *high = reinterpret_cast<vu>(SHUFFLE_WORDS(x, y, (I / 2 + W + (I % 2 ? 2 * W : 0))...));
-}
-
-// values [pairs][width][2].
-inline void take_values(const Part<uint16_t>& part, const Part<uint16_t>& next, uint32_t count, uint32_t d,
-                        uint32_t width, uint16_t* values) {
-  for (uint32_t t = 0; t < count; t += 2) {
-    const uint16_t *even = part.values[t], *odd = part.values[t + 1];
-    uint16_t* to = values + size_t{t / 2} * width * 2;
-    for (uint32_t i = 0; i < d; i += 32) {
-      vu low, high;
-      __builtin_prefetch(next.values[t] + i, 0, 2);
-      __builtin_prefetch(next.values[t + 1] + i, 0, 2);
-      pair_up(reinterpret_cast<vh2>(load_pairs(even + i, d - i)), reinterpret_cast<vh2>(load_pairs(odd + i, d - i)),
-              &low, &high, std::make_integer_sequence<int, 2 * W>{});
-      store_pairs(to + 2 * i, low);
-      store_pairs(to + 2 * i + 32, high);
+// The words of values of `count` positions, a whole number of runs, padded with zeros as positions are that nobody
+// sees: values [count / E][width] words. Those of the next part are fetched meanwhile.
+template <class Kv>
+inline void take_values(const Part<Kv>& part, const Part<Kv>& next, uint32_t count, uint32_t d, uint32_t width,
+                        Kv* values) {
+  constexpr uint32_t E = kWord<Kv>;
+  const uint32_t words = kRun / E * d;  // of a run
+  for (uint32_t t = 0; t < count; t += kRun) {
+    Kv* to = values + size_t{t} * width;
+    const Kv* from = part.values[t / kRun];
+    const Seen& seen = part.seen;
+    if (t >= seen.begin && t + kRun <= seen.end && d == width) {
+      const Kv* after = next.values[t / kRun];
+      for (uint32_t i = 0; i < words; i += W) {
+        __builtin_prefetch(after + i * E, 0, 2);
+        store_words(to + i * E, load_words(from + i * E));
+      }
+      continue;
+    }
+    for (uint32_t row = t; row < t + kRun; row += E, to += size_t{width} * E, from += size_t{part.width} * E) {
+      memset(to, 0, width * 4);
+      if (row + E <= seen.begin || row >= seen.end) continue;
+      copy_words(to, from, d);
+      for (uint32_t e = 0; e < E; ++e)
+        if (row + e < seen.begin || row + e >= seen.end)
+          for (uint32_t i = 0; i < d; ++i) to[i * E + e] = 0;
     }
   }
 }
@@ -218,7 +228,7 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
       const vf high = visible.next(exponential2(load(from + t + W) * factor - offsets[row]), 0.0f);
       const dot_u pairs = to_bfloat16_pairs(low, high);
       total = bfloat16_dot(total, kBfloat16Ones, pairs);
-      store_pairs(to + t, pairs);
+      store_words(to + t, pairs);
     }
     joined[row] = total;
   }
@@ -263,7 +273,6 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
   };
   const auto take_halves = [&](size_t count) { return reinterpret_cast<uint16_t*>(take(count / 2)); };
   uint16_t* queries = take_halves(size_t{rows->count} * depth);
-  uint16_t* zeros = take_halves(depth);
   uint16_t* keys = take_halves(size_t{depth} * kPart);
   uint16_t* values = take_halves(size_t{depth} * kPart);
   float* scores = take(kScoredRows * kPart);
@@ -272,7 +281,6 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
   float* partials = take(size_t{kScoredRows} * rows->stride);
   uint32_t* positions = reinterpret_cast<uint32_t*>(take(padded));
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  memset(zeros, 0, depth * sizeof(uint16_t));
   for (uint32_t row = 0; row < rows->count; ++row) {
     const Query& query = rows->query(row);
     const float* from = query.projected + size_t{rows->head(row)} * d;
@@ -300,10 +308,10 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
     for (uint32_t r = 0; r < size; r += kSoftenedRows) f(r, size - r < kSoftenedRows ? size - r : kSoftenedRows);
   };
   // All weights before any value: keys, then values stay in the first-level cache while rows go by.
-  over_parts<uint16_t>(job, zeros, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
-    take_keys(part, next, pad32(part.seen.end), d, keys);
+  over_parts<uint16_t>(job, memory, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
+    const Part<uint16_t> deep = deepened(part, d, depth, keys);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      product(queries + size_t{row} * depth, depth, keys, kPart, scores, kPart, size, count, depth);
+      score_tiles(queries + size_t{row} * depth, deep, row == 0 ? &next : nullptr, depth, scores, size, count);
       by_softened(size, [&](uint32_t r, uint32_t some) {
         soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale,
                          weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
@@ -311,8 +319,7 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
     });
     take_values(part, next, pad32(part.seen.end), d, depth, values);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      product(weights + size_t{row} * kPart, kPart, values, depth, partials + kPartialValues, rows->stride, size, depth,
-              count);
+      weigh_tiles(weights + size_t{row} * kPart, values, depth, partials + kPartialValues, rows->stride, size, count);
       for (uint32_t r = 0; r < size; ++r) {
         partials[r * rows->stride] = largest[row + r];
         partials[r * rows->stride + 1] = sums[row + r];

@@ -101,17 +101,16 @@ void PhEngine::attention(uint32_t index) {
                      piece.count, index,         kv_head,   piece.first,
                      piece.last,  piece.leading, nullptr};
   };
-  const auto append = [&](const Attention& job) {
-    for (uint32_t q = 0; q < job.count; ++q) isa->append(&job, job.queries + q);
-  };
   const uint32_t kv_heads = model.kv_heads, scratch_size = attention_scratch_floats();
   const auto& pieces = attention_plan.pieces();
   const auto& blocks = attention_plan.blocks();
   const auto& merges = attention_plan.merges();
   float* memory = scratch.get<float>(0);
   if (!attention_plan.appends_alone())
-    parallel(static_cast<uint32_t>(blocks.size()) * kv_heads,
-             [&](uint32_t i, uint32_t) { append(job_of(blocks[i / kv_heads], i % kv_heads)); });
+    parallel(static_cast<uint32_t>(blocks.size()) * kv_heads, [&](uint32_t i, uint32_t) {
+      const Attention job = job_of(blocks[i / kv_heads], i % kv_heads);
+      isa->append(&job);
+    });
   // The heads of a page lie side by side: one thread takes them in turn where there are pieces enough.
   const auto count = static_cast<uint32_t>(pieces.size());
   const uint32_t together = count >= 2 * threads.used() ? kv_heads : 1;
@@ -122,7 +121,7 @@ void PhEngine::attention(uint32_t index) {
       const uint32_t after = n + 1 < (i + 1) * together ? n + 1 : (i + threads.used()) * together;
       const Attention following = job_of(pieces[std::min(after / kv_heads, count - 1)], after % kv_heads);
       if (after < count * kv_heads) job.following = &following;
-      if (attention_plan.appends_alone()) append(job);
+      if (attention_plan.appends_alone()) isa->append(&job);
       isa->attend(&job, memory + size_t{thread} * scratch_size);
     }
   });

@@ -71,9 +71,9 @@ struct IsaTable {
   // A row [n] of that type, rotated as kPhIntegers says, into codes [padded]. width: 1 for rows that are not rotated.
   // scratch: floats, [padded]. Returns the row's factor.
   float (*round_row)(const void* row, uint32_t n, uint32_t width, uint32_t padded, float* scratch, int8_t* codes);
-  // Query/key norm and rotary of a position's row in place, for one kv head and its queries, then K and V into the
-  // page.
-  void (*append)(const Attention* job, const Query* query);
+  // Query/key norm and rotary of the queries' rows in place, for one kv head and its queries, then K and V into the
+  // pages. The queries are neighbours in one chunk.
+  void (*append)(const Attention* job);
   // Scratch: floats, at least attention_scratch() of them.
   void (*attend)(const Attention* job, float* scratch);
   // At the end of a call: what the calling thread has in registers of its own kind is dropped, for another library may
@@ -130,10 +130,10 @@ static constexpr uint32_t pad64(uint32_t n) { return (n + 63) / 64 * 64; }
 
 static constexpr uint32_t partial_size(uint32_t head_dim) { return kPartialValues + pad32(head_dim); }
 static constexpr uint32_t attention_queries(uint32_t group) { return kRowBlock > group ? kRowBlock / group : 1; }
-// Floats for any way to attend: zeros, keys and values of a part, scores; queries, weights and sums of rows.
+// Floats for any way to attend: keys and values of a part, twice; scores; queries, weights and sums of rows.
 static constexpr uint32_t attention_scratch(uint32_t head_dim, uint32_t group) {
   const uint32_t rows = pad16(attention_queries(group) * group);
-  return (2 * kPart + 1) * pad32(head_dim) + 32 * kPart + 16 * partial_size(head_dim) +
+  return 4 * kPart * (pad32(head_dim) + 1) + 32 * kPart + 16 * partial_size(head_dim) +
          rows * (pad32(head_dim) + partial_size(head_dim) + kPart / 2 + 4);
 }
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 6
+ABI_VERSION: Final = 7
 
 
 class NativeError(Exception):
@@ -254,7 +254,7 @@ class NativeModel:
         self._shape = shape
 
     def map_pool(self, address: int, pages: int, page_size: int) -> None:
-        """address: of [pages][layer][k, v][kv_head][page_size] slots; see abi.h."""
+        """address: of [pages][layer][k, v][kv_head] planes, see pages.py. page_size: a multiple of 4."""
         self._library.pagehold_map_pool(self._engine, byref(_Pool(base=address, pages=pages, page_size=page_size)))
 
     def step(

@@ -21,7 +21,7 @@
 #include "linear_tiles.inl"
 #endif
 //
-#include "int8_slots.inl"
+#include "pages.inl"
 //
 #include "append.inl"
 //

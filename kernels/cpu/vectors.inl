@@ -63,12 +63,14 @@ inline uint16_t to_bfloat16(float x) {
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (vi){__VA_ARGS__})
 #endif
 
-// Rounded as to_bfloat16() rounds.
-inline void store(uint16_t* p, vf v) {
+// Rounded as to_bfloat16() rounds, into the lower halves of lanes.
+inline vu to_halves(vf v) {
   const vu bits = reinterpret_cast<vu>(v);
   const vu rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  const vu half = (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded;
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(half, vh);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40 : rounded;
+}
+inline void store(uint16_t* p, vf v) {
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(to_halves(v), vh);
 }
 
 // f(i, vector or single) over [0, n): whole vectors, then what is left one by one.

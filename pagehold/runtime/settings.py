@@ -113,7 +113,7 @@ class ExecutorSettings(DevicePoolSettings):
         None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA; int8: CPUs"
     )
     deterministic: bool = Field(False, description="CUDA: tokens do not depend on what else runs; CPUs always are")
-    page_size: int = Field(16, ge=8, le=128, description="tokens in a page")
+    page_size: int = Field(16, ge=8, le=128, multiple_of=8, description="tokens in a page, a multiple of 8")
     kv_memory: Bytes | None = Field(None, gt=0, description="size of the page pool, such as 2GiB")
     memory_fraction: float = Field(0.90, gt=0, le=1, description="of the free memory that --kv-memory may take")
     max_model_len: int | None = Field(None, gt=0, description="tokens, prompt and answer; default: the model's")

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
 
-from kvmanager.layout import PAGE_MAJOR
+from kvmanager.layout import IN_WORDS, PAGE_MAJOR
 from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.memory import default_pool_bytes
 from pagehold.runtime.settings import ExecutorSettings
@@ -75,12 +75,16 @@ class HostBackend(Backend):
             raise ConfigurationError(f"{sorted(map(str, wrong))[0]} is for GPUs; use bfloat16 or float32 on a CPU")
         if settings.runner == "reference" and settings.kv_dtype == "int8":
             raise ConfigurationError("the reference runner has no int8 pages; choose another --kv-dtype")
+        if settings.runner != "reference" and model.spec.head_dim % 4:
+            raise ConfigurationError(
+                f"the kernels for CPUs take heads of a multiple of 4 numbers, this model has {model.spec.head_dim}"
+            )
         self._settings, self._state, self._pool = settings, state, pool
         self.max_batch_tokens = settings.max_batch_tokens or CPU_BATCH_TOKENS
         self.runner = _make_runner(settings, model)
 
     def describe(self, request: kv.AttachRequest) -> None:
-        request.geometry.layout_id = PAGE_MAJOR
+        request.geometry.layout_id = PAGE_MAJOR if self._settings.runner == "reference" else IN_WORDS
 
     def pool_bytes(self, request: kv.AttachRequest) -> int:
         return self._settings.kv_memory or default_pool_bytes(self._state.root, self._settings.memory_fraction)

@@ -40,7 +40,7 @@ Job = Callable[[], object]
 
 def sequences(pages: Pages, count: int, length: int) -> list[Sequence]:
     """Sequences whose pages hold something, as bfloat16 or as a scale of int8."""
-    pages.values.view(np.uint8)[...] = 0x3C
+    pages.planes[...] = 0x3C
     rng = np.random.default_rng(1)
     tokens = [rng.integers(0, SHAPE.vocab, length).astype(np.uint32) for _ in range(count)]
     return [Sequence(t, pages.row(length), NativeSampling(GREEDY)) for t in tokens]

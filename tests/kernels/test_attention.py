@@ -119,17 +119,18 @@ def errors(variant: Variant, dtype: str, kv_dtype: str, case: Case) -> tuple[flo
         row = pages.row(end)
         if case.window:  # entries that every window has passed are given back: page 0 stands for "none"
             row[: max(0, case.start + 1 - case.window) // case.page_size] = 0
-        exact = np.full((*pages.values.shape[:-1], case.head_dim), np.nan, np.float32)
+        exact = np.full((*pages.slots.shape[:-1], case.head_dim), np.nan, np.float32)
         new = rng.normal(size=(end, 2, case.kv_heads, case.head_dim)).astype(np.float32)
         positions = np.arange(max(0, case.start + 1 - case.window) if case.window else 0, end)
         ids = row.astype(np.uint32).astype(np.int64)[positions // case.page_size]
         exact[ids, layer, :, :, positions % case.page_size] = new[positions]
-        wanted_pages = pages.values.copy()
+        given_pages, wanted_pages = pages.slots.copy(), pages.slots.copy()
         slots = (ids, layer, slice(None), slice(None), positions % case.page_size)
         wanted_pages[slots] = stored(exact[slots], kv_dtype)
         before = positions < case.start
         slots = (ids[before], layer, slice(None), slice(None), positions[before] % case.page_size)
-        pages.values[slots] = wanted_pages[slots]
+        given_pages[slots] = wanted_pages[slots]
+        pages.write(given_pages)
 
         queries = rng.normal(size=(case.count, shape.heads, case.head_dim)).astype(np.float32)
         parts = (queries, new[case.start :, 0], new[case.start :, 1])
@@ -139,12 +140,12 @@ def errors(variant: Variant, dtype: str, kv_dtype: str, case: Case) -> tuple[flo
     finally:
         model.close()
 
-    np.testing.assert_array_equal(pages.values.view(np.uint8), wanted_pages.view(np.uint8))
+    np.testing.assert_array_equal(pages.read().view(np.uint8), wanted_pages.view(np.uint8))
     scale = float(np.abs(new[positions, 1]).max())
 
     def error(pool: np.ndarray) -> float:
         wanted = reference.paged_attention(queries, pool, row, layer, case.start, case.window, case.softcap)
         return float(np.abs(got - wanted).max()) / scale  # NaN fails every comparison
 
-    held = reference.int8_values(pages.values) if kv_dtype == "int8" else pages.values
+    held = reference.int8_values(pages.slots) if kv_dtype == "int8" else pages.slots
     return error(held), error(exact)

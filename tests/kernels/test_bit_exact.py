@@ -162,13 +162,15 @@ def test_positions_whose_write_is_masked(bench: Bench, start: int) -> None:
     model.logits(as_chunks([lane.chunk(0, LENGTH)]))
     # Marked, so that a write of the same bytes would show: the position itself must be read from the page.
     marked = lane.row[(LENGTH - 1) // 16].astype(np.uint32), (LENGTH - 1) % 16
-    before = pages.values.copy()
+    before = pages.planes.copy()
     bench.check(model.logits(as_chunks([lane.chunk(start, LENGTH - start, write_from=LENGTH)])), start)
-    np.testing.assert_array_equal(pages.values.view(np.uint8), before.view(np.uint8))
-    pages.values[marked[0], :, :, :, marked[1]] += 1
-    before = pages.values.copy()
+    np.testing.assert_array_equal(pages.planes, before)
+    slots = pages.read()
+    slots[marked[0], :, :, :, marked[1]] += 1
+    pages.write(slots)
+    before = pages.planes.copy()
     again = model.logits(as_chunks([lane.chunk(start, LENGTH - start, write_from=LENGTH)]))
-    np.testing.assert_array_equal(pages.values.view(np.uint8), before.view(np.uint8))
+    np.testing.assert_array_equal(pages.planes, before)
     bench.check(again[:-1], start)
     assert (again[-1] != bench.logits[-1]).any()
 

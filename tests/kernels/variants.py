@@ -12,6 +12,7 @@ from kernels import reference
 from kernels.cpu import native
 from kernels.cpu.native import ModelShape, NativeModel, NativeSampling, SamplingFields
 from kernels.cpu.packing import pack_gate_up, pack_linear
+from tests.planes import to_planes, to_slots
 
 SOURCE = Path(native.__file__).parent
 
@@ -158,8 +159,18 @@ class Pages:
         self._order = np.random.default_rng(pages).permutation(np.arange(1, pages))
         self._next = 0
         dimensions = (pages, shape.layers, 2, shape.kv_heads, page_size, shape.head_dim)
-        self.values = unwritten(dimensions, kv_dtype)
-        model.map_pool(self.values.ctypes.data, pages, page_size)
+        self.slots = unwritten(dimensions, kv_dtype)  # as they were at the last `read`
+        self._head_dim = shape.head_dim
+        self.planes = to_planes(self.slots)
+        model.map_pool(self.planes.ctypes.data, pages, page_size)
+
+    def read(self) -> np.ndarray:
+        """Slots [pages, layers, k and v, kv_heads, page_size, …]."""
+        self.slots = to_slots(self.planes, self.slots.dtype, self.page_size, self._head_dim)
+        return self.slots
+
+    def write(self, slots: np.ndarray) -> None:
+        self.planes[...] = to_planes(slots)
 
     def row(self, capacity: int) -> np.ndarray:
         """A block table for `capacity` positions: page ids below random generations."""
@@ -173,7 +184,7 @@ class Pages:
         """What the pages hold for the positions [0, length), as bytes [length, layers, 2, kv_heads, …]."""
         positions = np.arange(length)
         ids = (row & np.uint64(0xFFFFFFFF)).astype(np.int64)[positions // self.page_size]
-        return self.values[ids, :, :, :, positions % self.page_size].view(np.uint8)
+        return self.read()[ids, :, :, :, positions % self.page_size].view(np.uint8)
 
 
 @dataclass

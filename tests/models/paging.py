@@ -24,7 +24,8 @@ class TestPool:
         dtype = np.dtype({"bfloat16": ml_dtypes.bfloat16, "int8": np.uint8}.get(kv_dtype, np.float32))
         slot_bytes = KvDtype[kv_dtype.upper()].slot_bytes(spec.head_dim)
         shape = (pages, spec.layers, 2, spec.kv_heads, page_size, slot_bytes)
-        self.values = np.empty(shape, np.uint8).view(dtype)  # [pages, layers, k and v, kv_heads, page_size, …]
+        # [pages, layers, k and v, kv_heads, page_size, …], as the reference has it; others have an order of theirs.
+        self.values = np.empty(shape, np.uint8).view(dtype)
         self.reset()
         self.map_into(runner)
 

@@ -8,7 +8,8 @@ from typing import Final
 import numpy as np
 
 from kernels.cpu.native import CHUNK, ModelShape, NativeModel, NativeSampling, SamplingFields
-from kvmanager.layout import F32, KvDtype
+from kernels.cpu.pages import Planes
+from kvmanager.layout import F32
 from services.executor.modelstore.packed import PackedModel
 from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
 
@@ -52,17 +53,16 @@ class CpuRunner(Runner):
         tensors = {name: model.view(name) for name in model.tensors}
         self._native = NativeModel(shape, tensors, spec.inverse_frequencies(), dtype, kv_dtype, threads, isa)
         self._spec = spec
-        self._slot_bytes = KvDtype[kv_dtype.upper()].slot_bytes(spec.head_dim)
-        self._pool: np.ndarray | None = None  # uint8 [pages, layers * 2 * kv_heads, page_size, slot_bytes]
+        self._kv_dtype = kv_dtype
+        self._planes: Planes | None = None
         self.isa = self._native.isa
         isa = "avx512bf16" if self.isa == "amx" and dtype != "bfloat16" else self.isa  # tiles multiply bfloat16
         self.drafts = DraftLimits(_MOST_DRAFTS, _ROWS[isa])
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         spec = self._spec
-        shape = (pages, spec.layers * 2 * spec.kv_heads, page_size, self._slot_bytes)
-        self._pool = np.frombuffer(pool, np.uint8, int(np.prod(shape))).reshape(shape)
-        self._native.map_pool(self._pool.ctypes.data, pages, page_size)
+        self._planes = Planes(pool, self._kv_dtype, pages, spec.layers, spec.kv_heads, page_size, spec.head_dim)
+        self._native.map_pool(self._planes.bytes.ctypes.data, pages, page_size)
 
     def prepare(self, lane: Lane, known: int) -> None:
         if lane.row is None:
@@ -89,8 +89,8 @@ class CpuRunner(Runner):
         lane.device = _Prepared(lane.tokens.ctypes.data, lane.row.ctypes.data, sampling)
 
     def copy_slots(self, source: int, target: int, count: int) -> None:
-        assert self._pool is not None, "map_pool() comes before the first copy"
-        self._pool[target, :, :count] = self._pool[source, :, :count]
+        assert self._planes is not None, "map_pool() comes before the first copy"
+        self._planes.copy_slots(source, target, count)
 
     def step(self, chunks: list[Chunk]) -> StepResult:
         array = self._array(chunks)

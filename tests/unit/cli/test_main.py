@@ -40,7 +40,8 @@ def test_every_flag_is_explained(
     [
         (["frobnicate"], "no command 'frobnicate'"),
         (["up", "--kv-memory", "lots"], "--kv-memory: want a size such as 4GiB"),
-        (["up", "--page-size", "7"], "--page-size: input should be greater than or equal to 8"),
+        (["up", "--page-size", "0"], "--page-size: input should be greater than or equal to 8"),
+        (["up", "--page-size", "20"], "--page-size: input should be a multiple of 8"),
         (["up", "--colour"], "--colour"),
         (["generate"], "PROMPT"),
         (["prefix", "unpin"], "NAME"),

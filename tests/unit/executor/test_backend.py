@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvmanager.layout import IN_WORDS, PAGE_MAJOR
+from pagehold.kv.v1 import kv_manager_pb2 as kv
 from pagehold.runtime.settings import ExecutorSettings
 from pagehold.runtime.statedir import StateDir
 from services.executor import cuda_backend, main
@@ -43,6 +45,26 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(tmp_path: Path, model: PackedMode
     assert isinstance(backend, HostBackend)
     assert (backend.device, backend.max_batch_tokens) == ("cpu", 512)
     backend.close()
+
+
+@pytest.mark.parametrize(("runner", "layout"), [("auto", IN_WORDS), ("reference", PAGE_MAJOR)])
+def test_the_pool_is_declared_as_the_runner_lays_it_out(
+    tmp_path: Path, model: PackedModel, runner: str, layout: int
+) -> None:
+    backend = made(tmp_path, model, device="cpu", runner=runner, dtype="float32")
+    request = kv.AttachRequest()
+    backend.describe(request)
+    assert request.geometry.layout_id == layout
+    backend.close()
+
+
+def test_heads_that_fill_no_words_are_refused(tmp_path: Path) -> None:
+    odd = Tiny("odd", "mistral", {"hidden_size": 72, "head_dim": 18, "sliding_window": None})
+    save_tiny(odd, tmp_path / "model")
+    model = open_model(str(tmp_path / "model"), tmp_path / "cache", progress=False)
+    with pytest.raises(ConfigurationError, match="heads of a multiple of 4 numbers, this model has 18"):
+        made(tmp_path, model, device="cpu")
+    made(tmp_path, model, device="cpu", runner="reference").close()
 
 
 @pytest.mark.parametrize("flags", [{"dtype": "float16"}, {"kv_dtype": "fp8_e4m3"}])

@@ -118,7 +118,15 @@ def test_another_model_is_refused_and_smaller_demands_are_not(state: StateDir) -
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kv_dtype": "float8"}, {"kv_dtype": "float16"}, {"rows": 0}, {"page_size": 0}, {"layout_id": 2}]
+    "wrong",
+    [
+        {"kv_dtype": "float8"},
+        {"kv_dtype": "float16"},
+        {"rows": 0},
+        {"page_size": 0},
+        {"layout_id": 2},
+        {"layout_id": 4},
+    ],
 )
 def test_a_geometry_with_holes_is_invalid(state: StateDir, wrong: dict[str, object]) -> None:
     manager = manager_of(state)

@@ -248,7 +248,7 @@ inline void over_parts(const Attention* job, float* memory, Rows* rows, F&& f) {
 // --- one part in float ---
 
 constexpr int kAttentionRows = W == 16 ? 6 : 3;  // rows that share loads: with 4 vectors each, 24 or 12 accumulators
-constexpr uint32_t kScored = W == 16 ? 2 : 4;  // vectors of positions that are scored at once
+constexpr uint32_t kScored = W == 16 ? 2 : 4;    // vectors of positions that are scored at once
 
 // Scores of kScored vectors of positions from `first` on for R rows, times the scales of codes. queries: [R][padded].
 template <int R, class Kv>

@@ -34,6 +34,9 @@ inline vf splat(float x) { return x - vf{}; }
 inline vf load(const uint16_t* p) {
 #if W == 8  // as below, but in one instruction
   const vu wide = reinterpret_cast<vu>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif W == 16 && defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const vu wide = reinterpret_cast<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, halves));
 #else
   const vu wide = __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu);
 #endif

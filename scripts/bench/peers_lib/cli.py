@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
         "dashes: vllm:float32+prefix-cache, pagehold:speculation=off (any flag of `pagehold up`) (default: all)",
     )
     found.add_argument("--rounds", type=_positive, help="times that each engine runs (default: 3; 1 with --quick)")
+    found.add_argument(
+        "--together",
+        action="store_true",
+        help="keeps all engines up and lets them take turns at every scenario, for a machine whose speed changes from "
+        "one minute to the next",
+    )
     found.add_argument("--quick", action="store_true", help="tiny scenarios: whether it works, not how fast")
     found.add_argument("--json", type=Path, metavar="FILE", help="writes the results there")
     found.add_argument("--timeout", type=float, default=900.0, help="seconds for a start or a scenario (default: 900)")
@@ -123,6 +129,7 @@ def _compare(wanted: argparse.Namespace, words: Sequence[str]) -> None:
         model=open_model(find(wanted.model)),
         kv_memory=wanted.kv_memory,
         timeout=wanted.timeout,
+        together=wanted.together,
     )
     children.adopt_orphans()
 

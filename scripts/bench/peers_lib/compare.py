@@ -7,18 +7,18 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from peers_lib import requestfile
-from peers_lib.contestant import OURS, REPOSITORY, Contestant, missing
+from peers_lib.contestant import OURS, PREFIX_CACHE, REPOSITORY, Contestant, missing
 from peers_lib.machine import Machine, examine
 from peers_lib.model import Model
 from peers_lib.modelfile import ModelFileError, for_contestant
 from peers_lib.report import Entrant, Load, Outcome, Report, Start
-from peers_lib.run import Run, perform
+from peers_lib.run import Run, Session, ending
 from peers_lib.scenario import WARM_UP, Scenario
 from peers_lib.trace import Figures, IncompleteError, Trace, agreement, figures
 
@@ -36,6 +36,12 @@ class Plan:
     model: Model
     kv_memory: int
     timeout: float
+    together: bool = False  # all engines are up at once, and take turns at every scenario
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.together and any(PREFIX_CACHE in contestant.flags for contestant in self.contestants):
+            raise ValueError(f"--together repeats requests to the same engines: not with {PREFIX_CACHE}")
 
 
 @dataclass(slots=True)
@@ -78,6 +84,9 @@ def compare(plan: Plan, keep: Callable[[Report], None]) -> Report:
         files = _Files(plan, Path(folder))
         for entry in entries:
             _prepare(entry, plan, files)
+        if plan.together:
+            _take_turns(entries, plan, files, lambda: keep(_report(plan, started, machine, entries, files)))
+            return _report(plan, started, machine, entries, files)
         for number in range(1, plan.rounds + 1):
             # Every other round runs backwards: what drifts on the machine meets all alike.
             for entry in entries if number % 2 else reversed(entries):
@@ -110,14 +119,72 @@ def _run(entry: _Entry, plan: Plan, files: _Files, number: int) -> None:
     entry.runs[number] = run = files.perform(entry, plan)
     _tell(run)
     for scenario in plan.scenarios:
-        if scenario.name not in run.traces:
-            entry.dropped.setdefault(scenario.name, run.refused.get(scenario.name) or run.reason or "not run")
+        _drop(entry, scenario.name, run)
+
+
+def _drop(entry: _Entry, name: str, run: Run) -> None:
+    if name not in run.traces:
+        entry.dropped.setdefault(name, run.refused.get(name) or run.reason or "not run")
+
+
+def _take_turns(entries: Sequence[_Entry], plan: Plan, files: _Files, keep: Callable[[], None]) -> None:
+    """Scenario by scenario, one engine after the other: seconds lie between what is compared, not minutes."""
+    up: list[tuple[_Entry, Session]] = []
+    sessions: list[Session] = []
+    with ending(sessions):
+        for entry in entries:
+            if entry.reason:
+                continue
+            say(f"{datetime.now():%H:%M:%S} start of {entry.contestant.name}")
+            session = files.session(entry, plan, files.repeated(plan.rounds))
+            sessions.append(session)
+            up.append((entry, session))
+            session.start()
+            _tell(session.result)
+        for number in range(1, plan.rounds + 1):
+            for entry, session in up:
+                whole = session.result
+                entry.runs[number] = Run(whole.load_average, whole.reason, whole.version, whole.start_seconds)
+                entry.runs[number].start_peak = whole.start_peak
+            for scenario in plan.scenarios:
+                say(f"{datetime.now():%H:%M:%S} round {number} of {plan.rounds}: {scenario.name}")
+                for entry, session in up if number % 2 else reversed(up):
+                    if scenario.name not in entry.dropped:
+                        _take_turn(entry, session, scenario.name, number)
+                keep()
+
+
+def _take_turn(entry: _Entry, session: Session, name: str, number: int) -> None:
+    run, whole, load = entry.runs[number], session.result, _repeated(name, number)
+    session.turn(load)
+    run.reason = whole.reason
+    if load in whole.traces:
+        run.traces[name] = [replace(trace, id=_original(trace.id)) for trace in whole.traces.pop(load)]
+        run.peaks[name], run.others[name] = whole.peaks[load], whole.others[load]
+        say(f"  {entry.contestant.name}: {_spent(run.traces[name])}")
+    elif load in whole.refused:
+        run.refused[name] = whole.refused[load]
+    _drop(entry, name, run)
+    if name in entry.dropped:
+        say(f"  {entry.contestant.name}: {entry.dropped[name]}")
+
+
+# An engine may keep the answers to requests by their ids: those of a later round have others.
+
+
+def _repeated(id: str, number: int) -> str:
+    return f"{id}@{number}"
+
+
+def _original(id: str) -> str:
+    return id.rpartition("@")[0]
 
 
 class _Files:
     """The request files, drawn once."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
+        self._folder = folder
         self._warm_up = folder / "warm-up.jsonl"
         requestfile.write(self._warm_up, WARM_UP.draw(SEED))
         self._paths: dict[str, Path] = {}
@@ -131,11 +198,31 @@ class _Files:
             self.loads[scenario.name] = Load(scenario.title, scenario.group, prompts, scenario.max_tokens)
             self.wanted[scenario.name] = {request.id: request.max_tokens for request in requests}
 
-    def perform(self, entry: _Entry, plan: Plan, *, loads: bool = True) -> Run:
+    def repeated(self, rounds: int) -> list[tuple[str, Path]]:
+        """All loads of all rounds, in order."""
+        found = []
+        for number in range(1, rounds + 1):
+            for name, path in self._paths.items():
+                again = self._folder / f"{_repeated(name, number)}.jsonl"
+                requests = (replace(request, id=_repeated(request.id, number)) for request in requestfile.read(path))
+                requestfile.write(again, requests)
+                found.append((_repeated(name, number), again))
+        return found
+
+    def session(self, entry: _Entry, plan: Plan, loads: Sequence[tuple[str, Path]]) -> Session:
         assert entry.model is not None
-        paths = [(name, path) for name, path in self._paths.items() if loads and name not in entry.dropped]
         most = max(map(len, self.wanted.values()))
-        return perform(entry.contestant, entry.model, plan.kv_memory, self._warm_up, paths, most, plan.timeout)
+        return Session(entry.contestant, entry.model, plan.kv_memory, self._warm_up, loads, most, plan.timeout)
+
+    def perform(self, entry: _Entry, plan: Plan, *, loads: bool = True) -> Run:
+        """Without loads the engine is only started and stopped."""
+        paths = [(name, path) for name, path in self._paths.items() if loads and name not in entry.dropped]
+        session = self.session(entry, plan, paths)
+        with ending([session]):
+            session.start()
+            for name, _ in paths:
+                session.turn(name)
+        return session.result
 
 
 def _prepare(entry: _Entry, plan: Plan, files: _Files) -> None:
@@ -160,15 +247,19 @@ def _tell(run: Run) -> None:
     if run.start_seconds is not None:
         say(f"  ready after {run.start_seconds:.1f} s")
     for name, traces in run.traces.items():
-        tokens = sum(len(trace.token_ids) for trace in traces)
-        last = max(arrival.at for trace in traces for arrival in trace.arrivals) if tokens else math.nan
-        say(f"  {name}: {tokens} tokens in {last - min(trace.submitted for trace in traces):.1f} s")
+        say(f"  {name}: {_spent(traces)}")
     for name, reason in run.refused.items():
         say(f"  {name}: {reason}")
     if run.reason:
         say(f"  {run.reason}")
         for line in run.log:
             print(f"    | {line[:300]}", file=sys.stderr)
+
+
+def _spent(traces: Sequence[Trace]) -> str:
+    tokens = sum(len(trace.token_ids) for trace in traces)
+    last = max(arrival.at for trace in traces for arrival in trace.arrivals) if tokens else math.nan
+    return f"{tokens} tokens in {last - min(trace.submitted for trace in traces):.1f} s"
 
 
 def _starts(entry: _Entry) -> list[Start]:
@@ -187,6 +278,8 @@ def _outcomes(entry: _Entry, entries: Sequence[_Entry], plan: Plan, files: _File
         for scenario in plan.scenarios:
             name = scenario.name
             traces = run.traces.get(name)
+            if traces is None and name not in entry.dropped:
+                continue  # its turn is still to come
             measured, reason = _measure(traces, files.wanted[name]) if traces else (None, entry.dropped[name])
             same = None
             if traces and measured and reference and name in reference.traces:

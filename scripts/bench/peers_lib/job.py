@@ -48,7 +48,8 @@ class Job:
 
 
 class Stage(StrEnum):
-    """A worker passes: root, ready, then begin and end, or refused, for each load; or failed from anywhere."""
+    """A worker passes: root, ready, then begin and end, or refused, for each load, at its turn; or failed from
+    anywhere."""
 
     ROOT = "root"  # pid: the engine's processes are this one and those below it; another one later on takes its place
     READY = "ready"  # seconds, version

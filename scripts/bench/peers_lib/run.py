@@ -1,4 +1,4 @@
-"""One run of one contestant: its worker from start to end, within bounded time, leaving nothing behind."""
+"""A contestant's worker from start to end, load by load, within bounded time, leaving nothing behind."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from peers_lib import children
 from peers_lib import job as jobs
@@ -71,34 +70,31 @@ class _Memory:
         sampler.__exit__(None, None, None)
         return sampler.peak
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
         self._stop()
 
 
 class _Worker:
-    """The process, and its notices as they come."""
+    """The process, its notices as they come, and what it may begin."""
 
     def __init__(self, contestant: Contestant, job: Path, scratch: Path) -> None:
         reading, writing = os.pipe()
+        turns, self._turns = os.pipe()
         self.log = scratch / "log"
         try:
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [str(contestant.engine.python), "-m", contestant.engine.module, str(job), str(writing)],
+                    [str(contestant.engine.python), "-m", contestant.engine.module, str(job), str(writing), str(turns)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     env=environment(contestant.engine, scratch),
-                    pass_fds=[writing],
+                    pass_fds=[writing, turns],
                     start_new_session=True,  # an interrupt from the terminal comes to us alone
                 )
         finally:
             os.close(writing)
+            os.close(turns)
         self._notices: queue.SimpleQueue[Notice | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(reading,), name="notices", daemon=True).start()
 
@@ -111,6 +107,15 @@ class _Worker:
     def next(self, timeout: float) -> Notice | None:
         """None: it has said all. Raises queue.Empty."""
         return self._notices.get(timeout=timeout)
+
+    def go(self) -> None:
+        """It may begin one load."""
+        with suppress(BrokenPipeError):  # its notices say how it ended
+            os.write(self._turns, b".")
+
+    def dismiss(self) -> None:
+        """It need not wait for another load."""
+        os.close(self._turns)
 
     def end(self) -> str:
         """Lets it stop by itself for a while, then makes it. How it ended if that was not well."""
@@ -127,89 +132,131 @@ class _Worker:
             self._process.terminate()
 
 
-def perform(
-    contestant: Contestant,
-    model: Path,
-    kv_memory: int,
-    warm_up: Path,
-    loads: Sequence[tuple[str, Path]],
-    most: int,
-    timeout: float,
-) -> Run:
-    """`loads` are names and request files, in order. Without any, the engine is only started and stopped.
+class Session:
+    """A contestant that is up, to be closed and then cleaned up after, whatever happens."""
 
-    most: requests at once, in any of the loads.
-    """
-    result = Run(load_average=os.getloadavg()[0])
-    scratch = Path(tempfile.mkdtemp(prefix="pagehold-peers-"))
-    shared = Path(tempfile.mkdtemp(prefix="pagehold-peers-", dir="/dev/shm"))
-    try:
+    def __init__(
+        self,
+        contestant: Contestant,
+        model: Path,
+        kv_memory: int,
+        warm_up: Path,
+        loads: Sequence[tuple[str, Path]],
+        most: int,
+        timeout: float,
+    ) -> None:
+        """`loads` are names and request files, in order. most: requests at once, in any of the loads."""
+        self.result = Run(load_average=os.getloadavg()[0])
+        self._scratch = Path(tempfile.mkdtemp(prefix="pagehold-peers-"))
+        self._shared = Path(tempfile.mkdtemp(prefix="pagehold-peers-", dir="/dev/shm"))
+        self._timeout = timeout
+        self._memory = _Memory()
+        self._watch = OtherWork()
+        self._over = False
         job = Job(
             dtype=contestant.dtype,
             flags=contestant.flags,
             model=str(model),
             kv_memory=kv_memory,
             most=most,
-            loads=tuple(Load(name, str(path), str(scratch / f"{name}.traces")) for name, path in loads),
+            loads=tuple(Load(name, str(path), str(self._scratch / f"{name}.traces")) for name, path in loads),
             warm_up=str(warm_up),
-            scratch=str(scratch),
-            shared=str(shared),
+            scratch=str(self._scratch),
+            shared=str(self._shared),
             spawned=time.monotonic(),
             timeout=timeout,
         )
-        jobs.write(scratch / "job.json", job)
-        worker = _Worker(contestant, scratch / "job.json", scratch)
+        self._files = {load.name: Path(load.traces) for load in job.loads}
+        jobs.write(self._scratch / "job.json", job)
         try:
-            with _Memory() as memory:
-                _follow(worker, job, memory, result)
-        except BaseException:
-            worker.interrupt()
-            worker.end()
+            self._worker = _Worker(contestant, self._scratch / "job.json", self._scratch)
+        except OSError:
+            self.clean()
             raise
-        ended = worker.end()
-        result.reason = result.reason or ended
-        if result.reason:
-            result.log = worker.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    finally:
-        children.end_all()
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(shared, ignore_errors=True)
-    return result
 
+    def start(self) -> None:
+        """Until it is ready, or has failed."""
+        self._follow("start", {Stage.READY})
 
-def _follow(worker: _Worker, job: Job, memory: _Memory, result: Run) -> None:
-    """Takes in the notices until the last, or until one is too late."""
-    stage = "start"
-    watch = OtherWork()
-    files = {load.name: Path(load.traces) for load in job.loads}
-    while True:
-        try:
-            # A worker bounds its own requests too and then can say more: it gets a little longer.
-            notice = worker.next(job.timeout + 5.0)
-        except queue.Empty:
-            result.reason = f"no end of {stage} within {job.timeout:.0f} s"
-            worker.interrupt()
-            return
+    def turn(self, load: str) -> None:
+        """The next load, which is this one, with nothing else on the machine."""
+        if not self._over:
+            self._worker.go()
+            self._follow(load, {Stage.END, Stage.REFUSED})
+
+    def close(self) -> None:
+        """Lets it stop by itself."""
+        self._worker.dismiss()
+        if not self._over:
+            self._follow("its work", set())
+        self._memory.end()
+        ended = self._worker.end()
+        self.result.reason = self.result.reason or ended
+        if self.result.reason:
+            self.result.log = self._worker.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+
+    def interrupt(self) -> None:
+        """Makes it stop."""
+        self._over = True
+        self._worker.interrupt()
+
+    def clean(self) -> None:
+        """When none of its processes is left."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        shutil.rmtree(self._shared, ignore_errors=True)
+
+    def _follow(self, what: str, last: set[Stage]) -> None:
+        """Takes in the notices until one of `last`, or the end, or until one is too late."""
+        while True:
+            try:
+                # A worker bounds its own requests too and then can say more: it gets a little longer.
+                notice = self._worker.next(self._timeout + 5.0)
+            except queue.Empty:
+                self.result.reason = f"no end of {what} within {self._timeout:.0f} s"
+                return self.interrupt()
+            if notice is None:
+                self._over = True
+                return None
+            self._take(notice)
+            if notice.stage in last or self._over:
+                return None
+
+    def _take(self, notice: Notice) -> None:
+        result = self.result
         match notice:
-            case None:
-                return
             case Notice(stage=Stage.ROOT, pid=pid):
-                memory.watch(pid)
+                self._memory.watch(pid)
             case Notice(stage=Stage.READY):
                 result.start_seconds, result.version = notice.seconds, notice.version
-                result.start_peak = memory.turn()
-                stage = "the warm-up"
-            case Notice(stage=Stage.BEGIN, load=load):
-                memory.turn()
-                watch = OtherWork()
-                stage = load
+                result.start_peak = self._memory.turn()
+            case Notice(stage=Stage.BEGIN):
+                self._memory.turn()
+                self._watch = OtherWork()
             case Notice(stage=Stage.END, load=load):
-                result.others[load] = watch.processors()
-                result.peaks[load] = memory.turn()
-                result.traces[load] = read_traces(files[load])
-                stage = "the next load"
+                result.others[load] = self._watch.processors()
+                result.peaks[load] = self._memory.turn()
+                result.traces[load] = read_traces(self._files[load])
             case Notice(stage=Stage.REFUSED, load=load):
                 result.refused[load] = notice.reason
             case Notice(stage=Stage.FAILED):
                 result.reason = notice.reason
-                return
+                self._over = True
+
+
+@contextmanager
+def ending(sessions: Sequence[Session]) -> Iterator[None]:
+    """At the end of the block they are over, and nothing of them is left."""
+    try:
+        try:
+            yield
+        except BaseException:
+            for session in sessions:
+                session.interrupt()
+            raise
+        finally:
+            for session in sessions:
+                session.close()
+    finally:
+        children.end_all()
+        for session in sessions:
+            session.clean()

@@ -1,6 +1,7 @@
-"""The frame around one engine: `python -m peers_lib.engines.NAME JOB DESCRIPTOR`.
+"""The frame around one engine: `python -m peers_lib.engines.NAME JOB NOTICES TURNS`.
 
-Reads the job, starts the engine, warms it up, runs the loads in order and writes a trace file for each.
+Reads the job, starts the engine, warms it up, runs the loads in order and writes a trace file for each. NOTICES and
+TURNS are descriptors of pipes: notices go into the one, a byte for each load that may begin comes out of the other.
 """
 
 from __future__ import annotations
@@ -75,9 +76,10 @@ def main(make: Callable[[Callable[[int], None]], Engine]) -> None:
     die_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     job = jobs.read(Path(sys.argv[1]))
-    descriptor = int(sys.argv[2])
-    # What the engine starts must not hold the pipe open after this process is gone.
+    descriptor, turns = int(sys.argv[2]), int(sys.argv[3])
+    # What the engine starts must not hold the pipes open after this process is gone.
     os.set_inheritable(descriptor, False)
+    os.set_inheritable(turns, False)
 
     def tell(notice: Notice) -> None:
         os.write(descriptor, notice.to_line())
@@ -89,6 +91,8 @@ def main(make: Callable[[Callable[[int], None]], Engine]) -> None:
         tell(Notice(Stage.READY, seconds=seconds, version=engine.version))
         is_cold = True
         for load in job.loads:
+            if not os.read(turns, 1):
+                break  # nobody waits for the others
             requests = requestfile.read(Path(load.requests))
             try:
                 is_cold |= engine.prepare(requests)

@@ -21,7 +21,14 @@ def leftovers(folder: Path) -> set[str]:
 
 
 def test_bad_words_are_answered_in_one_line() -> None:
-    for words in (["--scenarios", "nine"], ["--engines", "llama"], ["--model", "no.gguf"], ["--render", "no.json"]):
+    repeated = ["--together", "--engines", "pagehold:prefix-cache"]
+    for words in (
+        repeated,
+        ["--scenarios", "nine"],
+        ["--engines", "llama"],
+        ["--model", "no.gguf"],
+        ["--render", "no.json"],
+    ):
         done = subprocess.run([PEERS, *words], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
         assert done.stderr.startswith("peers: ") and done.stderr.count("\n") == 1, done.stderr
@@ -59,6 +66,33 @@ def test_a_quick_comparison(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
     assert not leftovers(tmp_path)
     assert leftovers(Path("/dev/shm")) <= in_memory
+
+
+@pytest.mark.stack
+def test_engines_that_take_turns(tmp_path: Path) -> None:
+    """All are up at once; a later round is computed again, not answered from what an engine kept."""
+    kept = tmp_path / "results.json"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    engines = "pagehold:speculation=off,pagehold:no-such-flag=1,pagehold:weights=int8+speculation=off"
+    words = ["--quick", "--together", "--rounds", "2", "--engines", engines, "--kv-memory", "256MiB"]
+    command = [PEERS, *words, "--json", str(kept), "--timeout", "120"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = load(kept.read_text())
+    first, wrong, second = (entrant.name for entrant in report.entrants)
+    rows = {(outcome.entrant, outcome.round, outcome.scenario): outcome for outcome in report.outcomes}
+    assert set(rows) == {(name, number, one.name) for name in (first, second) for number in (1, 2) for one in QUICK}
+    for (name, _, scenario), outcome in rows.items():
+        assert outcome.figures is not None, outcome.reason
+        wanted = next(one for one in QUICK if one.name == scenario)
+        assert outcome.figures.tokens == wanted.max_tokens * wanted.requests
+        # Tokens that were kept come at once, all with the first message.
+        assert outcome.figures.between_p50 > 1e-4
+        assert outcome.agreement is not None and (name != first or outcome.agreement == 1.0)
+    lines = [line.split(": ")[1].strip() for line in done.stderr.splitlines() if line.startswith("peers:   pagehold")]
+    assert lines == [name for order in ((first, second), (second, first)) for _ in QUICK for name in order]
+    assert "unrecognized arguments: --no-such-flag=1" in done.stdout and wrong in done.stdout
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.stack

@@ -7,7 +7,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-ELEMENTS: Final = {"float32": np.dtype(np.uint32), "bfloat16": np.dtype(np.uint16), "int8": np.dtype(np.uint8)}
+ELEMENTS: Final[dict[str, np.dtype[np.unsignedinteger]]] = {
+    "float32": np.dtype(np.uint32),
+    "bfloat16": np.dtype(np.uint16),
+    "int8": np.dtype(np.uint8),
+}
 
 
 class Planes:

@@ -173,13 +173,7 @@ inline void find_part(const Attention* job, uint32_t part, Part<Kv>* found) {
   found->fill();
 }
 
-// Floats that gathered parts take.
-template <class Kv>
-constexpr size_t gathered_size(uint32_t d) {
-  return 2 * kPart * (size_t{d} / kWord<Kv> + (sizeof(Kv) == 1));
-}
-
-// Copies a part whose runs may be cut, as if it were one page of kPart positions.
+// Copies a part whose runs may be cut, as if it were one page of kPart positions: 2 kPart (d + 1) floats at most.
 template <class Kv>
 inline void gather(const Attention* job, uint32_t start, Part<Kv>* part, float* memory) {
   constexpr uint32_t E = kWord<Kv>;
@@ -223,7 +217,7 @@ inline void take_scales(const Part<int8_t>& part, Scales* scales) {
   }
 }
 
-// f(part, next): parts of the job, with the one to fetch meanwhile. memory: floats, gathered_size().
+// f(part, next): parts of the job, with the one to fetch meanwhile. memory: of gather().
 template <class Kv, class F>
 inline void over_parts(const Attention* job, float* memory, Rows* rows, F&& f) {
   Part<Kv> parts[2];

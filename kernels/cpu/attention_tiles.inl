@@ -114,10 +114,11 @@ inline void weigh_tiles(const Kv* weights, const Kv* values, uint32_t width, flo
 
 inline void store_words(void* to, vu words) { *static_cast<vu_unaligned*>(to) = words; }
 inline void copy_words(void* to, const void* from, uint32_t count) {
+  uint8_t* bytes = static_cast<uint8_t*>(to);
+  const uint8_t* others = static_cast<const uint8_t*>(from);
   uint32_t i = 0;
-  for (; i + W <= count; i += W)
-    store_words(static_cast<vu*>(to) + i / W, load_words(static_cast<const vu*>(from) + i / W));
-  if (i < count) memcpy(static_cast<vu*>(to) + i / W, static_cast<const vu*>(from) + i / W, (count - i) * 4);
+  for (; i + W <= count; i += W) store_words(bytes + i * 4, load_words(others + i * 4));
+  if (i < count) memcpy(bytes + i * 4, others + i * 4, (count - i) * 4);
 }
 
 // A part whose keys have `depth` dimensions, with zeros behind those that there are: itself where there are as many.

@@ -131,12 +131,13 @@ def _take_turns(entries: Sequence[_Entry], plan: Plan, files: _Files, keep: Call
     """Scenario by scenario, one engine after the other: seconds lie between what is compared, not minutes."""
     up: list[tuple[_Entry, Session]] = []
     sessions: list[Session] = []
+    loads = files.repeated(plan.rounds)
     with ending(sessions):
         for entry in entries:
             if entry.reason:
                 continue
             say(f"{datetime.now():%H:%M:%S} start of {entry.contestant.name}")
-            session = files.session(entry, plan, files.repeated(plan.rounds))
+            session = files.session(entry, plan, loads)
             sessions.append(session)
             up.append((entry, session))
             session.start()

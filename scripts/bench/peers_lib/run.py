@@ -52,26 +52,22 @@ class _Memory:
         self._sampler: PeakMemory | None = None
 
     def watch(self, root: int) -> None:
-        self._stop()
+        self.end()
         self._root = root
         self._sampler = PeakMemory(root).__enter__()
 
-    def turn(self) -> int:
-        """Ends a part and begins the next; the ended part's peak in bytes."""
-        peak = self._stop()
+    def begin(self) -> None:
+        """The next part."""
         if self._root:
             self.watch(self._root)
-        return peak
 
-    def _stop(self) -> int:
+    def end(self) -> int:
+        """Nothing is watched until the next part begins; this one's peak in bytes."""
         if self._sampler is None:
             return 0
         sampler, self._sampler = self._sampler, None
         sampler.__exit__(None, None, None)
         return sampler.peak
-
-    def end(self) -> None:
-        self._stop()
 
 
 class _Worker:
@@ -228,13 +224,14 @@ class Session:
                 self._memory.watch(pid)
             case Notice(stage=Stage.READY):
                 result.start_seconds, result.version = notice.seconds, notice.version
-                result.start_peak = self._memory.turn()
+                result.start_peak = self._memory.end()
             case Notice(stage=Stage.BEGIN):
-                self._memory.turn()
+                self._memory.begin()
                 self._watch = OtherWork()
             case Notice(stage=Stage.END, load=load):
                 result.others[load] = self._watch.processors()
-                result.peaks[load] = self._memory.turn()
+                # Watching takes processor time, which in a comparison in turns is another engine's from here on.
+                result.peaks[load] = self._memory.end()
                 result.traces[load] = read_traces(self._files[load])
             case Notice(stage=Stage.REFUSED, load=load):
                 result.refused[load] = notice.reason

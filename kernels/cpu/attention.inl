@@ -142,6 +142,48 @@ struct Part {
   }
 };
 
+// A part that comes next, fetched some lines at a time between steps of the work on another. A core has few lines under
+// way (16 in a Xeon): many that are asked for at once hold up what follows, and memory idles after that.
+template <class Kv>
+class Ahead {
+ public:
+  Ahead(const Part<Kv>& part, uint32_t d) : part_(part), lines_(d / kWord<Kv>) { begin(0, part.first); }
+
+  void fetch_some() {
+    if (half_ == 2) return;
+    const uint32_t count = left_ < kFetched ? left_ : kFetched;
+    for (uint32_t i = 0; i < count; ++i) __builtin_prefetch(at_ + i * stride_, 0, 2);
+    at_ += count * stride_;
+    left_ -= count;
+    if (left_ > 0) return;
+    if (run_ + 1 < part_.last) return begin(half_, run_ + 1);
+    begin(half_ + 1, part_.first);
+  }
+  void fetch_rest() {
+    while (half_ != 2) fetch_some();
+  }
+
+ private:
+  static constexpr uint32_t kFetched = 16;
+
+  // half: 0 keys, 1 values, 2 nothing more.
+  void begin(uint32_t half, uint32_t run) {
+    half_ = half;
+    run_ = run;
+    left_ = lines_;
+    if (half == 2) return;
+    at_ = reinterpret_cast<const char*>((half == 0 ? part_.keys : part_.values)[run]);
+    stride_ = half == 0 ? size_t{part_.stride} * 4 : 64;
+    if (sizeof(Kv) == 1) __builtin_prefetch((half == 0 ? part_.key_scales : part_.value_scales)[run], 0, 2);
+  }
+
+  const Part<Kv>& part_;
+  const uint32_t lines_;  // of a run's keys, and of its values
+  uint32_t half_, run_, left_;
+  const char* at_;
+  size_t stride_;
+};
+
 // A run may lie in two pages.
 inline bool runs_are_cut(const Attention* job) { return job->pool->page_size % kRun != 0; }
 

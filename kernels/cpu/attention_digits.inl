@@ -63,7 +63,7 @@ struct Softened {
 // Positions that a row does not see have weight 0. All: there is none. count: a multiple of 64.
 template <bool All>
 inline void soften_scores(float* scores, vf factors, const Scales& scales, const Seen* seen, uint32_t rows,
-                          uint32_t count, int8_t* weights, Softened* softened) {
+                          uint32_t count, Ahead<int8_t>& ahead, int8_t* weights, Softened* softened) {
   vf joined[kSoftenedRows] = {}, heaviest[kSoftenedRows] = {};
   for (uint32_t row = 0; row < rows; ++row) {
     const float* from = scores + row * kPart;
@@ -80,6 +80,7 @@ inline void soften_scores(float* scores, vf factors, const Scales& scales, const
   for (uint32_t row = 0; row < rows; ++row) {
     float* at = scores + row * kPart;
     Visible<All> visible(seen[row]);
+    if (row % 4 == 0) stay_awake();
     vf total = vf{}, heavy = vf{};
     for (uint32_t t = 0; t < count; t += W) {
       // A scale that nobody sees may be anything.
@@ -92,12 +93,14 @@ inline void soften_scores(float* scores, vf factors, const Scales& scales, const
     }
     joined[row] = total;
     heaviest[row] = heavy;
+    ahead.fetch_some();
   }
   fold_all<Sum, W, kSoftenedRows>(joined);
   fold_all<Heaviest, W, kSoftenedRows>(heaviest);
   const vf inverses = heaviest[0] < splat(kLeastRounded) ? vf{} : kMostDigits / heaviest[0];
   for (uint32_t row = 0; row < rows; ++row) {
     const float* from = scores + row * kPart;
+    if (row % 4 == 0) stay_awake();
     int8_t *high = weights + row * kPart, *low = high + rows * kPart;
     for (uint32_t t = 0; t < count; t += W) store_digits(load(from + t), inverses[row], high + t, low + t);
   }
@@ -109,12 +112,14 @@ inline void soften_scores(float* scores, vf factors, const Scales& scales, const
 // Sums of both digits of rows' scores, [2][rows][kPart], into the digits of their weights. factors: of rows' queries.
 __attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, const float* factors,
                                              const Scales& scales, const Seen* seen, uint32_t rows, uint32_t count,
-                                             int8_t* weights, Softened* softened) {
+                                             Ahead<int8_t>& ahead, int8_t* weights, Softened* softened) {
   alignas(64) float scale[kSoftenedRows] = {};
   memcpy(scale, factors, rows * sizeof(float));
   bool all = true;
   for (uint32_t row = 0; row < rows; ++row) {
     float *high = scores + row * kPart, *low = high + rows * kPart;
+    if (row % 4 == 0) stay_awake();
+    ahead.fetch_some();
     for (uint32_t t = 0; t < count; t += W) store(high + t, load_sums(high + t, low + t) * load(scales.keys + t));
     all = all && seen[row].begin == 0 && seen[row].end == kPart;
     if (m->logit_softcap == 0.0f) continue;
@@ -122,8 +127,8 @@ __attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, co
       high[t] = m->logit_softcap * tanhf(high[t] * scale[row] / m->logit_softcap);
     scale[row] = 1.0f;
   }
-  if (all) return soften_scores<true>(scores, load(scale), scales, seen, rows, kPart, weights, softened);
-  soften_scores<false>(scores, load(scale), scales, seen, rows, count, weights, softened);
+  if (all) return soften_scores<true>(scores, load(scale), scales, seen, rows, kPart, ahead, weights, softened);
+  soften_scores<false>(scores, load(scale), scales, seen, rows, count, ahead, weights, softened);
 }
 
 // --- a piece of work ---
@@ -153,10 +158,12 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
     const float* query = rows->query(row).projected + size_t{rows->head(row)} * d;
     factors[row] = query_digits(query, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
   }
+  shape_tiles(2 * rows_from(0));
   over_parts<int8_t>(job, memory, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
+    Ahead<int8_t> ahead(next, d);
     const Part<int8_t> deep = deepened(part, d, depth, keys);
     take_scales(part, &scales);
-    take_values(part, next, pad64(part.seen.end), d, width, values);
+    bool taken = false;
     for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
       const uint32_t size = rows_from(row);
       Seen seen[kDigitRows];
@@ -168,10 +175,12 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       if (count == 0) continue;
       count = pad64(count);
       shape_tiles(2 * size);
-      score_tiles(queries + size_t{2} * row * depth, deep, row == 0 ? &next : nullptr, depth, scores, 2 * size, count);
+      score_tiles(queries + size_t{2} * row * depth, deep, ahead, depth, scores, 2 * size, count);
       Softened softened;
-      soften_digits(job->model, scores, factors + row, scales, seen, size, count, weights, &softened);
-      weigh_tiles(weights, values, width, sums, width, 2 * size, count);
+      soften_digits(job->model, scores, factors + row, scales, seen, size, count, ahead, weights, &softened);
+      if (!taken) take_values(part, ahead, pad64(part.seen.end), d, width, values);
+      taken = true;
+      weigh_tiles(weights, values, ahead, width, sums, width, 2 * size, count);
       for (uint32_t r = 0; r < size; ++r) {
         float* partial = partials + r * rows->stride;
         partial[0] = softened.largest[r];
@@ -182,6 +191,7 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       }
       combine_rows(*rows, row, seen, size, partials);
     }
+    ahead.fetch_rest();
   });
 }
 

@@ -45,8 +45,7 @@ inline void fold_all(vf* v) {
 //
 // c [rows][c_stride] = a [rows][a_stride] b, columns [0, n); n and k are multiples of 32, rows at most 32. Of int8 a
 // word holds four elements, k is a multiple of 64, and c holds the bits of int32. at(i, j): where the words of b for
-// columns [i, i + 16) and for elements from j on lie; from one row of words to the next it is `stride` words. fetch(i,
-// j) is called once for each.
+// columns [i, i + 16) and for elements from j on lie; from one row of words to the next it is `stride` words.
 
 inline void dot_0(uint16_t) { dot_bfloat16_0(); }
 inline void dot_1(uint16_t) { dot_bfloat16_1(); }
@@ -57,8 +56,8 @@ inline void dot_1(int8_t) { dot_int8_1(); }
 inline void dot_2(int8_t) { dot_int8_2(); }
 inline void dot_3(int8_t) { dot_int8_3(); }
 
-template <class Element, class At, class Fetch>
-inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Fetch&& fetch, float* c,
+template <class Element, class At, class Kv>
+inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Kv>& ahead, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
   constexpr uint32_t row = kTileRow / sizeof(Element);
   const bool both = rows > 16;
@@ -70,8 +69,7 @@ inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& a
     for (uint32_t j = 0; j < k; j += row) {
       load_tile6(at(i, j), size_t{stride} * 4);
       load_tile7(at(i + 16, j), size_t{stride} * 4);
-      fetch(i, j);
-      fetch(i + 16, j);
+      ahead.fetch_some();
       load_tile4(a + j, a_stride * sizeof(Element));
       dot_0(Element{});
       dot_1(Element{});
@@ -88,26 +86,19 @@ inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& a
   }
 }
 
-// next: the keys to fetch meanwhile, or null.
 template <class Kv>
-inline void score_tiles(const Kv* queries, const Part<Kv>& part, const Part<Kv>* next, uint32_t depth, float* scores,
+inline void score_tiles(const Kv* queries, const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t depth, float* scores,
                         uint32_t rows, uint32_t count) {
   const auto at = [&](uint32_t i, uint32_t j) { return part.keys[i / kRun] + size_t{j} * part.stride; };
-  const auto fetch = [&](uint32_t i, uint32_t j) {
-    if (next == nullptr) return;
-    const Kv* keys = next->keys[i / kRun] + size_t{j} * next->stride;
-    for (uint32_t row = 0; row < 16; ++row, keys += size_t{next->stride} * kWord<Kv>) __builtin_prefetch(keys, 0, 2);
-  };
-  product(queries, depth, part.stride, at, fetch, scores, kPart, rows, count, depth);
+  product(queries, depth, part.stride, at, ahead, scores, kPart, rows, count, depth);
 }
 
 // values: [count / E][width] words.
 template <class Kv>
-inline void weigh_tiles(const Kv* weights, const Kv* values, uint32_t width, float* sums, uint32_t sums_stride,
-                        uint32_t rows, uint32_t count) {
+inline void weigh_tiles(const Kv* weights, const Kv* values, Ahead<Kv>& ahead, uint32_t width, float* sums,
+                        uint32_t sums_stride, uint32_t rows, uint32_t count) {
   const auto at = [&](uint32_t i, uint32_t j) { return values + size_t{j} * width + i * kWord<Kv>; };
-  const auto fetch = [](uint32_t, uint32_t) {};
-  product(weights, kPart, width, at, fetch, sums, sums_stride, rows, width, count);
+  product(weights, kPart, width, at, ahead, sums, sums_stride, rows, width, count);
 }
 
 // --- from pages into blocks ---
@@ -144,22 +135,20 @@ inline Part<Kv> deepened(const Part<Kv>& part, uint32_t d, uint32_t depth, Kv* m
 }
 
 // The words of values of `count` positions, a whole number of runs, padded with zeros as positions are that nobody
-// sees: values [count / E][width] words. Those of the next part are fetched meanwhile.
+// sees: values [count / E][width] words.
 template <class Kv>
-inline void take_values(const Part<Kv>& part, const Part<Kv>& next, uint32_t count, uint32_t d, uint32_t width,
+inline void take_values(const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t count, uint32_t d, uint32_t width,
                         Kv* values) {
   constexpr uint32_t E = kWord<Kv>;
   const uint32_t words = kRun / E * d;  // of a run
   for (uint32_t t = 0; t < count; t += kRun) {
+    if (t % (kRun * E / 2) == 0) ahead.fetch_some();  // half as much as is copied
+    stay_awake();
     Kv* to = values + size_t{t} * width;
     const Kv* from = part.values[t / kRun];
     const Seen& seen = part.seen;
     if (t >= seen.begin && t + kRun <= seen.end && d == width) {
-      const Kv* after = next.values[t / kRun];
-      for (uint32_t i = 0; i < words; i += W) {
-        __builtin_prefetch(after + i * E, 0, 2);
-        store_words(to + i * E, load_words(from + i * E));
-      }
+      for (uint32_t i = 0; i < words; i += W) store_words(to + i * E, load_words(from + i * E));
       continue;
     }
     for (uint32_t row = t; row < t + kRun; row += E, to += size_t{width} * E, from += size_t{part.width} * E) {
@@ -203,7 +192,7 @@ constexpr uint32_t kSoftenedRows = W;  // lanes of their largest scores and of t
 // All: there is none.
 template <bool All>
 inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t rows, uint32_t count, float scale,
-                             uint16_t* weights, float* largest, float* sums) {
+                             Ahead<uint16_t>& ahead, uint16_t* weights, float* largest, float* sums) {
   vf joined[kSoftenedRows];
   for (uint32_t row = rows; row < kSoftenedRows; ++row) joined[row] = vf{};
   for (uint32_t row = 0; row < rows; ++row) {
@@ -215,6 +204,7 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
       high = Largest::of(high, visible.next(load(from + t + W), -INFINITY));
     }
     joined[row] = Largest::of(low, high);
+    ahead.fetch_some();
   }
   fold_all<Largest, W, kSoftenedRows>(joined);
   const float factor = scale * kLog2E;
@@ -223,6 +213,7 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
     const float* from = scores + row * kPart;
     uint16_t* to = weights + row * kPart;
     Visible<All> visible(seen[row]);
+    if (row % 4 == 0) stay_awake();
     dot_f total = {};
     for (uint32_t t = 0; t < count; t += 2 * W) {
       const vf low = visible.next(exponential2(load(from + t) * factor - offsets[row]), 0.0f);
@@ -232,6 +223,7 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
       store_words(to + t, pairs);
     }
     joined[row] = total;
+    ahead.fetch_some();
   }
   fold_all<Sum, W, kSoftenedRows>(joined);
   store(largest, most);
@@ -239,8 +231,8 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
 }
 
 __attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores, const Seen* seen, uint32_t rows,
-                                                uint32_t count, float scale, uint16_t* weights, float* largest,
-                                                float* sums) {
+                                                uint32_t count, float scale, Ahead<uint16_t>& ahead, uint16_t* weights,
+                                                float* largest, float* sums) {
   if (m->logit_softcap != 0.0f) {
     for (uint32_t row = 0; row < rows; ++row)
       for (uint32_t t = seen[row].begin; t < seen[row].end; ++t)
@@ -249,8 +241,8 @@ __attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores,
   }
   bool all = true;
   for (uint32_t row = 0; row < rows; ++row) all = all && seen[row].begin == 0 && seen[row].end == kPart;
-  if (all) return soften_for_tiles<true>(scores, seen, rows, kPart, scale, weights, largest, sums);
-  soften_for_tiles<false>(scores, seen, rows, count, scale, weights, largest, sums);
+  if (all) return soften_for_tiles<true>(scores, seen, rows, kPart, scale, ahead, weights, largest, sums);
+  soften_for_tiles<false>(scores, seen, rows, count, scale, ahead, weights, largest, sums);
 }
 
 // What rows from `row` on have, and these partials.
@@ -258,6 +250,7 @@ inline void combine_rows(const Rows& rows, uint32_t row, const Seen* seen, uint3
   alignas(64) float more[kSoftenedRows] = {}, share[kSoftenedRows];
   for (uint32_t r = 0; r < count; ++r) more[r] = more_of(rows.at(row + r), partials + r * rows.stride);
   store(share, share_of(load(more)));
+  stay_awake();
   for (uint32_t r = 0; r < count; ++r)
     if (seen[r].begin < seen[r].end)
       combine(rows.at(row + r), partials + r * rows.stride, more[r], share[r], rows.stride);
@@ -308,19 +301,22 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
   const auto by_softened = [&](uint32_t size, auto&& f) {
     for (uint32_t r = 0; r < size; r += kSoftenedRows) f(r, size - r < kSoftenedRows ? size - r : kSoftenedRows);
   };
+  shape_tiles(rows->count < kScoredRows ? rows->count : kScoredRows);
   // All weights before any value: keys, then values stay in the first-level cache while rows go by.
   over_parts<uint16_t>(job, memory, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
+    Ahead<uint16_t> ahead(next, d);
     const Part<uint16_t> deep = deepened(part, d, depth, keys);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      score_tiles(queries + size_t{row} * depth, deep, row == 0 ? &next : nullptr, depth, scores, size, count);
+      score_tiles(queries + size_t{row} * depth, deep, ahead, depth, scores, size, count);
       by_softened(size, [&](uint32_t r, uint32_t some) {
-        soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale,
+        soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale, ahead,
                          weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
       });
     });
-    take_values(part, next, pad32(part.seen.end), d, depth, values);
+    take_values(part, ahead, pad32(part.seen.end), d, depth, values);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      weigh_tiles(weights + size_t{row} * kPart, values, depth, partials + kPartialValues, rows->stride, size, count);
+      weigh_tiles(weights + size_t{row} * kPart, values, ahead, depth, partials + kPartialValues, rows->stride, size,
+                  count);
       for (uint32_t r = 0; r < size; ++r) {
         partials[r * rows->stride] = largest[row + r];
         partials[r * rows->stride + 1] = sums[row + r];
@@ -329,6 +325,7 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
         combine_rows(*rows, row + r, seen + r, some, partials + r * rows->stride);
       });
     });
+    ahead.fetch_rest();
   });
 }
 

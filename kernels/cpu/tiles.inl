@@ -47,6 +47,11 @@ inline void drop_tiles() {
   _tile_release();
 }
 
+// What is called now and then by work between products, for the multiplier of tiles falls asleep when it had nothing to
+// do for 0.3 us and needs as long to wake up (650 and 570 ticks of 2.1 GHz on a Xeon of model 207; only a product keeps
+// it awake). The registers are shaped, and hold no sums: sums 3 are lost.
+inline void stay_awake() { _tile_dpbf16ps(3, 5, 7); }
+
 // The intrinsics want literal numbers. What is written before a load reaches it: the compiler does not know that a
 // load reads memory.
 #define LOAD_TILE(T)                                         \
@@ -101,6 +106,8 @@ inline void shape_tiles(uint32_t rows) {
 }
 
 inline void drop_tiles() { memset(&t_tiles, 0, sizeof t_tiles); }
+
+inline void stay_awake() {}
 
 inline void load_tile(uint32_t t, const void* from, size_t bytes) {
   for (uint32_t r = 0; r < t_tiles.rows[t]; ++r)

@@ -144,20 +144,24 @@ void PhEngine::layer(uint32_t index, uint32_t rows, float* x) {
                        nullptr,
                        pad32(qkv_outputs),
                        w.qkv_bias,
-                       qkv_outputs};
-  over_panels(ceil_div(qkv_outputs, 32), qkv_job, isa->linear);
+                       qkv_outputs,
+                       nullptr};
+  over_panels(qkv_of(index), qkv_job, attention_output_of(index), isa->linear);
 
   attention(index);
 
   const Inputs heads = rounded(attended.get<uint8_t>(0), model.heads * model.head_dim, rows, w.attention_output, 1);
-  over_panels(stride / 32, {heads, rows, w.attention_output, x, nullptr, stride, nullptr, 0}, isa->linear_add);
+  over_panels(attention_output_of(index), {heads, rows, w.attention_output, x, nullptr, stride, nullptr, 0, nullptr},
+              gate_up_of(index), isa->linear_add);
 
   uint8_t* middle = product.get<uint8_t>(0);
   const Inputs normed_rows = norm_rows(x, w.mlp_norm, rows, w.gate_up);
-  over_panels(inner / 32, {normed_rows, rows, w.gate_up, nullptr, middle, inner, nullptr, 0}, isa->linear_gate_up);
+  over_panels(gate_up_of(index), {normed_rows, rows, w.gate_up, nullptr, middle, inner, nullptr, 0, nullptr},
+              down_of(index), isa->linear_gate_up);
 
   const Inputs products = rounded(middle, model.intermediate, rows, w.down, rotation(model.intermediate));
-  over_panels(stride / 32, {products, rows, w.down, x, nullptr, stride, nullptr, 0}, isa->linear_add);
+  over_panels(down_of(index), {products, rows, w.down, x, nullptr, stride, nullptr, 0, nullptr},
+              index + 1 < model.layers ? qkv_of(index + 1) : head(), isa->linear_add);
 }
 
 uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
@@ -204,8 +208,8 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
   }
   const Inputs inputs = norm_rows(last, model.final_norm, wanted, model.output_head);
   float* out = logits.get<float>(size_t{wanted} * vocab_stride);
-  over_panels(ceil_div(model.vocab, 32),
-              {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab}, isa->linear);
+  over_panels(head(), {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab, nullptr},
+              qkv_of(0), isa->linear);
   if (all_logits != nullptr) {
     for (uint32_t i = 0; i < wanted; ++i)
       memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);

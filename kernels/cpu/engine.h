@@ -61,18 +61,51 @@ struct PhEngine {
     return expanded.get<uint16_t>(size * threads.size()) + size * thread;
   }
 
-  // A linear's panels in pieces: about four for each thread, and never less than what one claim is worth.
-  void over_panels(uint32_t panels, const Linear& job, void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
+  // What a linear multiplies by: so many panels, or pairs of them, side by side.
+  struct Weights {
+    const PhMatrix& matrix;
+    uint32_t panels, together, inputs;
+
+    const void* at(uint32_t panel) const {
+      const uint32_t pairs = ceil_div(inputs, matrix.encoding == kPhIntegers ? 4 : 2);
+      return static_cast<const uint8_t*>(matrix.panels) + panel * together * panel_size(matrix.encoding, pairs);
+    }
+  };
+  Weights qkv_of(uint32_t index) const {
+    return {layers[index].qkv, ceil_div((model.heads + 2 * model.kv_heads) * model.head_dim, kPanel), 1, model.hidden};
+  }
+  Weights attention_output_of(uint32_t index) const {
+    return {layers[index].attention_output, ceil_div(model.hidden, kPanel), 1, model.heads * model.head_dim};
+  }
+  Weights gate_up_of(uint32_t index) const {
+    return {layers[index].gate_up, ceil_div(model.intermediate, kPanel), 2, model.hidden};
+  }
+  Weights down_of(uint32_t index) const {
+    return {layers[index].down, ceil_div(model.hidden, kPanel), 1, model.intermediate};
+  }
+  Weights head() const { return {model.output_head, ceil_div(model.vocab, kPanel), 1, model.hidden}; }
+
+  // Panels of a piece: about four pieces for each thread, and never less than what one claim is worth.
+  uint32_t piece_of(uint32_t panels, uint32_t rows) const {
+    if (panels > 1000) return 16;  // the output head: many even pieces
     const uint32_t wanted = threads.used() == 1 ? 1 : threads.used() * 4;
-    const uint32_t least = job.rows <= 2 ? 2 : 1;
-    uint32_t size = ceil_div(panels, wanted);
-    if (size < least) size = least;
-    if (panels > 1000) size = 16;  // the output head: many even pieces
+    return std::max(ceil_div(panels, wanted), rows <= 2 ? 2u : 1u);
+  }
+
+  // A linear's panels in pieces. following: what comes after it.
+  void over_panels(const Weights& weights, const Linear& job, const Weights& following,
+                   void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
+    const uint32_t panels = weights.panels, size = piece_of(panels, job.rows);
     uint16_t* memory = expanded_of(0);
     const size_t each = threads.size() > 1 ? expanded_of(1) - memory : 0;
     parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t thread) {
       const uint32_t first = piece * size;
-      linear(&job, first, std::min(first + size, panels), memory + each * thread);
+      // Threads take pieces in turns, more or less.
+      const uint32_t next = (piece + threads.used()) * size;
+      Linear mine = job;
+      mine.following = next < panels ? weights.at(next)
+                                     : following.at(thread * piece_of(following.panels, job.rows) % following.panels);
+      linear(&mine, first, std::min(first + size, panels), memory + each * thread);
     });
   }
 

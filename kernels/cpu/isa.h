@@ -24,6 +24,8 @@ struct Linear : Inputs {
   uint32_t output_stride;
   const float* bias;  // [N] or null
   uint32_t outputs;   // N without padding, for the bias
+  // What the thread is likely to multiply by after its last panel, or null: fetched meanwhile.
+  const void* following;
 };
 
 // One position whose heads attend, as one piece of work sees it.

@@ -18,9 +18,11 @@ struct Slice {
   uint32_t first, count;
 };
 
-// What is fetched with each block of weights that is used: of the block that lies `distance` bytes ahead, those lines.
+// What is fetched with each block of weights that is used: of the block that comes `distance` bytes later, those lines.
+// What comes after the slice begins at `next`.
 struct Fetch {
   size_t distance;
+  const void* next;
   uint32_t first, last;
 };
 
@@ -34,11 +36,14 @@ class Ready {
   static constexpr bool kIntegers = Integers;
 
   Ready(const uint16_t* panel, Slice slice, Fetch fetch)
-      : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), fetch_(fetch) {}
+      : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), fetch_(fetch) {
+    end_ = reinterpret_cast<const char*>(weights_) + size_t{slice.count} * 4 * kPanel;
+  }
   const uint16_t* next() {
     const uint16_t* w = weights_;
     if (pairs_ >= kTilePairs) {
       const char* ahead = reinterpret_cast<const char*>(w) + fetch_.distance;
+      if (ahead >= end_) ahead = static_cast<const char*>(fetch_.next) + (ahead - end_);
       for (uint32_t line = fetch_.first; line < fetch_.last; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
       weights_ += kBlockValues;
       pairs_ -= kTilePairs;
@@ -53,6 +58,7 @@ class Ready {
   const uint16_t* weights_;
   uint32_t pairs_;
   const Fetch fetch_;
+  const char* end_;  // of the slice
   alignas(64) uint16_t rest_[kBlockValues];
 };
 
@@ -122,7 +128,7 @@ inline void add_expanding(const Linear* job, const Panels& panels, uint32_t p, u
 // Of the i-th panel that belongs to p: for rows of the turn-th block of `turns` that take the slice one after the
 // other.
 inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint32_t i, Slice slice, uint32_t row,
-                      uint32_t rows, uint32_t turn, uint32_t turns) {
+                      uint32_t rows, uint32_t turn, uint32_t turns, const void* following) {
   const uint16_t* x = static_cast<const uint16_t*>(job->at) + size_t{row} * job->stride + 2 * slice.first;
   const auto add = [&](auto&& source) {
     if (rows > 16) {
@@ -133,10 +139,13 @@ inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint3
   };
   if (panels.ready()) {
     // Every turn fetches a share of what comes next, so that the memory is never idle.
-    const size_t next = size_t{slice.count} * 4 * kPanel;
-    const Fetch fetch = {turns == 1 ? kFetchAhead : next, kBlockLines * turn / turns, kBlockLines * (turn + 1) / turns};
-    if (job->weights.encoding == kPhIntegers) return add(Ready<true>(panels.weights(p, i), slice, fetch));
-    return add(Ready<false>(panels.weights(p, i), slice, fetch));
+    const uint16_t* weights = panels.weights(p, i);
+    const size_t size = size_t{slice.count} * 4 * kPanel;
+    const uint16_t* end = weights + size_t{slice.first + slice.count} * 2 * kPanel;
+    const Fetch fetch = {turns == 1 ? kFetchAhead : size, following == nullptr ? end : following,
+                         kBlockLines * turn / turns, kBlockLines * (turn + 1) / turns};
+    if (job->weights.encoding == kPhIntegers) return add(Ready<true>(weights, slice, fetch));
+    return add(Ready<false>(weights, slice, fetch));
   }
   if (turn > 0) return add(Ready<false>(panels.kept(i), slice, {}));
   if (job->weights.encoding == kPhInt4) return add_expanding<kPhInt4>(job, panels, p, i, slice, add);
@@ -174,9 +183,10 @@ class Block {
       : job_(job), panels_(panels), start_(start), end_(end) {}
 
   // f(first row, rows) with their sums in the registers: of the i-th panel that belongs to p. A slice of it after the
-  // other goes by all rows, so that it comes from the first-level cache; sums wait in memory meanwhile.
+  // other goes by all rows, so that it comes from the first-level cache; sums wait in memory meanwhile. last: no other
+  // panel of the job comes after it.
   template <class F>
-  void sum(uint32_t p, uint32_t i, F&& f) {
+  void sum(uint32_t p, uint32_t i, bool last, F&& f) {
     const uint32_t pairs = job_->pairs;
     const uint32_t turns = (end_ - start_ + kBlockRows - 1) / kBlockRows;
     const uint32_t slices = turns > 1 ? (pairs + kSlicePairs - 1) / kSlicePairs : 1;
@@ -192,7 +202,8 @@ class Block {
         } else {
           load_sums(sums, rows);
         }
-        add_slice(job_, panels_, p, i, slice, row, rows, (row - start_) / kBlockRows, turns);
+        add_slice(job_, panels_, p, i, slice, row, rows, (row - start_) / kBlockRows, turns,
+                  last && first + size >= pairs ? job_->following : nullptr);
         if (first + size < pairs) {
           store_sums(sums, kPanel, rows);
         } else {
@@ -235,7 +246,7 @@ void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* ex
   const Panels panels(job, 1, expanded);
   over_rows(job, panels, [&](uint32_t, Block& block) {
     for (uint32_t p = first; p < last; ++p)
-      block.sum(p, 0, [&](uint32_t row, uint32_t rows) {
+      block.sum(p, 0, p + 1 == last, [&](uint32_t row, uint32_t rows) {
         float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
         if (then == Then::kStore && job->weights.encoding != kPhIntegers)
           return store_sums(out, job->output_stride, rows);
@@ -257,10 +268,10 @@ void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
   alignas(64) float gates[kMostRows * kPanel];
   over_rows(job, panels, [&](uint32_t start, Block& block) {
     for (uint32_t p = first; p < last; ++p) {
-      block.sum(p, 0, [&](uint32_t row, uint32_t rows) {
+      block.sum(p, 0, false, [&](uint32_t row, uint32_t rows) {
         store_outputs(job, panels.packed(p, 0), row, rows, gates + size_t{row - start} * kPanel);
       });
-      block.sum(p, 1, [&](uint32_t row, uint32_t rows) {
+      block.sum(p, 1, p + 1 == last, [&](uint32_t row, uint32_t rows) {
         alignas(64) float ups[kBlockRows * kPanel];
         store_outputs(job, panels.packed(p, 1), row, rows, ups);
         const float *gate = gates + size_t{row - start} * kPanel, *up = ups;

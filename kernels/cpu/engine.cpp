@@ -132,9 +132,8 @@ void PhEngine::attention(uint32_t index) {
   });
 }
 
-void PhEngine::layer(uint32_t index, uint32_t rows, float* x) {
+void PhEngine::start_layer(uint32_t index, uint32_t rows, const float* x) {
   const PhLayer& w = layers[index];
-  const uint32_t stride = pad32(model.hidden), inner = pad32(model.intermediate);
   const uint32_t qkv_outputs = (model.heads + 2 * model.kv_heads) * model.head_dim;
 
   const Linear qkv_job{norm_rows(x, w.attention_norm, rows, w.qkv),
@@ -149,7 +148,11 @@ void PhEngine::layer(uint32_t index, uint32_t rows, float* x) {
   over_panels(qkv_of(index), qkv_job, attention_output_of(index), isa->linear);
 
   attention(index);
+}
 
+void PhEngine::end_layer(uint32_t index, uint32_t rows, float* x) {
+  const PhLayer& w = layers[index];
+  const uint32_t stride = pad32(model.hidden), inner = pad32(model.intermediate);
   const Inputs heads = rounded(attended.get<uint8_t>(0), model.heads * model.head_dim, rows, w.attention_output, 1);
   over_panels(attention_output_of(index), {heads, rows, w.attention_output, x, nullptr, stride, nullptr, 0, nullptr},
               gate_up_of(index), isa->linear_add);
@@ -183,6 +186,18 @@ uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
   return rows;
 }
 
+// The rows of x and of what they attended to, but for those that are not sampled after. Returns how many are left.
+uint32_t PhEngine::keep_sampled(float* x) {
+  const size_t stride = size_t{pad32(model.hidden)}, bytes = pad32(model.heads * model.head_dim) * isa->input_size;
+  uint8_t* heads = attended.get<uint8_t>(0);
+  for (uint32_t i = 0; i < sampled.size(); ++i) {  // in order: a row never moves behind one that is still to be moved
+    const uint32_t row = row_of[sampled[i].chunk] + sampled[i].index;
+    memmove(x + i * stride, x + row * stride, stride * sizeof(float));
+    memmove(heads + i * bytes, heads + row * bytes, bytes);
+  }
+  return static_cast<uint32_t>(sampled.size());
+}
+
 int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits) {
   const uint32_t stride = pad32(model.hidden), vocab_stride = pad32(model.vocab);
   const uint32_t rows = plan(chunks, count);
@@ -190,23 +205,21 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
   product.get<uint8_t>(size_t{rows} * pad32(model.intermediate) * isa->input_size);
 
   embed(chunks, count, x, stride);
-  for (uint32_t index = 0; index < model.layers; ++index) layer(index, rows, x);
+  for (uint32_t index = 0; index < model.layers; ++index) {
+    start_layer(index, rows, x);
+    if (index + 1 < model.layers) end_layer(index, rows, x);
+  }
 
-  // Rows whose logits are wanted, side by side: all of them for a test, else those that are sampled after.
-  const uint32_t wanted = all_logits != nullptr ? rows : static_cast<uint32_t>(sampled.size());
+  // Of the others nothing but their keys and values is used: they end here.
+  const uint32_t wanted = all_logits != nullptr ? rows : keep_sampled(x);
   for (uint32_t c = 0; c < count; ++c) {
     results.tokens[c] = 0;
     results.logprobs[c] = 0;
     if (results.accepted != nullptr) results.accepted[c] = 0;
   }
   if (wanted == 0) return 0;
-  // The rows side by side, then as norm_rows() has all of them.
-  float* last = head_input.get<float>(size_t{wanted} * stride);
-  for (uint32_t i = 0; i < wanted; ++i) {
-    const uint32_t row = all_logits != nullptr ? i : row_of[sampled[i].chunk] + sampled[i].index;
-    memcpy(last + size_t{i} * stride, x + size_t{row} * stride, size_t{stride} * sizeof(float));
-  }
-  const Inputs inputs = norm_rows(last, model.final_norm, wanted, model.output_head);
+  end_layer(model.layers - 1, wanted, x);
+  const Inputs inputs = norm_rows(x, model.final_norm, wanted, model.output_head);
   float* out = logits.get<float>(size_t{wanted} * vocab_stride);
   over_panels(head(), {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab, nullptr},
               qkv_of(0), isa->linear);

@@ -33,7 +33,7 @@ struct PhEngine {
   const IsaTable* isa;
   ThreadPool threads;
   Crew crew;
-  Buffer residual, normed, codes, factors, qkv, attended, product, head_input, logits, scratch, partials, expanded;
+  Buffer residual, normed, codes, factors, qkv, attended, product, logits, scratch, partials, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
   AttentionPlan attention_plan;
   std::vector<Place> sampled;
@@ -116,7 +116,9 @@ struct PhEngine {
   void round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread);
   Inputs rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width);
   Inputs norm_rows(const float* x, const float* weight, uint32_t rows, const PhMatrix& matrix);
-  void layer(uint32_t index, uint32_t rows, float* x);
+  void start_layer(uint32_t index, uint32_t rows, const float* x);
+  void end_layer(uint32_t index, uint32_t rows, float* x);
+  uint32_t keep_sampled(float* x);
   void attention(uint32_t index);
   uint32_t plan(const PhChunk* chunks, uint32_t count);
   void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);

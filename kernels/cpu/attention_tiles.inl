@@ -56,8 +56,8 @@ inline void dot_1(int8_t) { dot_int8_1(); }
 inline void dot_2(int8_t) { dot_int8_2(); }
 inline void dot_3(int8_t) { dot_int8_3(); }
 
-template <class Element, class At, class Kv>
-inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Kv>& ahead, float* c,
+template <class Element, class At>
+inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Element>& ahead, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
   constexpr uint32_t row = kTileRow / sizeof(Element);
   const bool both = rows > 16;

@@ -24,7 +24,7 @@ struct Linear : Inputs {
   uint32_t output_stride;
   const float* bias;  // [N] or null
   uint32_t outputs;   // N without padding, for the bias
-  // What the thread is likely to multiply by after its last panel, or null: fetched meanwhile.
+  // What the thread is likely to multiply by after its last panel, or null: tiles fetch it meanwhile.
   const void* following;
 };
 

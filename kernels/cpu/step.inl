@@ -25,6 +25,8 @@
 //
 #include "append.inl"
 //
+#include "parts.inl"
+//
 #include "attention.inl"
 #ifdef TILES
 #include "attention_tiles.inl"

@@ -11,40 +11,56 @@ constexpr uint32_t kMostRows = 512;         // whose sums by one panel are kept
 constexpr uint32_t kTilePairs = 16;         // pairs of inputs that one instruction takes, or fours of codes
 constexpr uint32_t kSlicePairs = 320;       // whose weights of a panel stay in the first-level cache
 constexpr uint32_t kFetchAhead = 8192;      // bytes of weights, which come from memory one after the other
-constexpr uint32_t kBlockLines = kBlock * kPanel * sizeof(uint16_t) / 64;
+constexpr uint32_t kLine = 64;              // bytes
+constexpr uint32_t kBlockLines = kBlock * kPanel * sizeof(uint16_t) / kLine;
 
 // Pairs of inputs [first, first + count); `first` is a multiple of kTilePairs.
 struct Slice {
   uint32_t first, count;
 };
 
-// What is fetched with each block of weights that is used: of the block that comes `distance` bytes later, those lines.
-// What comes after the slice begins at `next`.
-struct Fetch {
-  size_t distance;
-  const void* next;
-  uint32_t first, last;
+// Weights that are multiplied later, fetched a few lines at a time between products: all turns by a slice fetch as much
+// as it has, one after the other and none in a burst, so that the memory is never idle and what is multiplied now gets
+// through to the first-level cache meanwhile.
+class Coming {
+ public:
+  // From `at` on; what comes after `end` begins at `next`. turn: of `turns` that take a slice of so many lines.
+  Coming(const char* at, const char* end, const char* next, uint32_t lines, uint32_t turn, uint32_t turns)
+      : at_(at), end_(end), next_(next), turns_(turns), due_(lines * turn % turns) {
+    at_ += lines * turn / turns * kLine;
+    if (at_ >= end_) at_ = next_ + (at_ - end_);
+  }
+  // This turn's share of so many lines.
+  void fetch(uint32_t lines) {
+    for (due_ += lines; due_ >= turns_; due_ -= turns_, at_ += kLine) {
+      if (at_ == end_) at_ = next_;
+      __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  const char *at_, *end_, *next_;
+  uint32_t turns_, due_;  // due_: what is left of shares, in parts of a line
+};
+
+struct NothingComes {
+  void fetch(uint32_t) {}
 };
 
 // Where a panel's weights come from, 16 pairs of inputs after 16 pairs.
 
 // What lies in memory as it is multiplied, or was expanded before. Inputs are padded with zeros, panels end: the rest
 // of the last pairs is zeros too.
-template <bool Integers>
+template <bool Integers, class Later>
 class Ready {
  public:
   static constexpr bool kIntegers = Integers;
 
-  Ready(const uint16_t* panel, Slice slice, Fetch fetch)
-      : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), fetch_(fetch) {
-    end_ = reinterpret_cast<const char*>(weights_) + size_t{slice.count} * 4 * kPanel;
-  }
+  Ready(const uint16_t* panel, Slice slice, Later later)
+      : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), later_(later) {}
   const uint16_t* next() {
     const uint16_t* w = weights_;
     if (pairs_ >= kTilePairs) {
-      const char* ahead = reinterpret_cast<const char*>(w) + fetch_.distance;
-      if (ahead >= end_) ahead = static_cast<const char*>(fetch_.next) + (ahead - end_);
-      for (uint32_t line = fetch_.first; line < fetch_.last; ++line) __builtin_prefetch(ahead + 64 * line, 0, 2);
       weights_ += kBlockValues;
       pairs_ -= kTilePairs;
       return w;
@@ -53,12 +69,12 @@ class Ready {
     memcpy(rest_, w, size_t{pairs_} * 4 * kPanel);
     return rest_;
   }
+  void fetch(uint32_t lines) { later_.fetch(lines); }
 
  private:
   const uint16_t* weights_;
   uint32_t pairs_;
-  const Fetch fetch_;
-  const char* end_;  // of the slice
+  Later later_;
   alignas(64) uint16_t rest_[kBlockValues];
 };
 
@@ -77,6 +93,7 @@ class Expanding {
     if (expanded_ != blocks_) expand_next();
     return w;
   }
+  void fetch(uint32_t) {}  // expand() does
 
  private:
   void expand_next() {
@@ -90,29 +107,63 @@ class Expanding {
   uint16_t *to_, *ahead_;
 };
 
+template <bool Integers>
+inline void dot_0() {
+  Integers ? dot_int8_0() : dot_bfloat16_0();
+}
+template <bool Integers>
+inline void dot_1() {
+  Integers ? dot_int8_1() : dot_bfloat16_1();
+}
+template <bool Integers>
+inline void dot_2() {
+  Integers ? dot_int8_2() : dot_bfloat16_2();
+}
+template <bool Integers>
+inline void dot_3() {
+  Integers ? dot_int8_3() : dot_bfloat16_3();
+}
+
 // Adds a block of rows by one panel to the sums in the registers. `Both`: it has more than 16 rows.
+//
+// A register is loaded for the next step right after the last product that takes it, and other products follow: a core
+// whose other hyperthread is busy does not rename these registers, so that a load waits for products and they for it.
+// Loads, products and fetches in turns: 15 to 25 % faster there than all loads first, 2 to 9 % elsewhere.
 template <bool Both, class Source>
 inline void add_slice(const uint16_t* x, uint32_t stride, uint32_t pairs, Source& source) {
-  for (uint32_t k = 0; k < pairs; k += kTilePairs, x += 2 * kTilePairs) {
-    const uint16_t* w = source.next();
-    stream_tile4(x, size_t{stride} * 2);
-    load_tile6(w, 4 * kPanel);
-    load_tile7(w + 32, 4 * kPanel);
-    if (Both) stream_tile5(x + size_t{16} * stride, size_t{stride} * 2);
-    if constexpr (Source::kIntegers) {
-      dot_int8_0();
-      dot_int8_1();
-      if (!Both) continue;
-      dot_int8_2();
-      dot_int8_3();
-    } else {
-      dot_bfloat16_0();
-      dot_bfloat16_1();
-      if (!Both) continue;
-      dot_bfloat16_2();
-      dot_bfloat16_3();
+  constexpr bool kIntegers = Source::kIntegers;
+  constexpr uint32_t kShare = kBlockLines / (Both ? 4 : 2);
+  const size_t bytes = size_t{stride} * 2;
+  const uint16_t* w = source.next();
+  stream_tile4(x, bytes);
+  load_tile6(w, 4 * kPanel);
+  load_tile7(w + 32, 4 * kPanel);
+  if (Both) stream_tile5(x + size_t{16} * stride, bytes);
+  for (uint32_t k = kTilePairs; k < pairs; k += kTilePairs) {
+    x += 2 * kTilePairs;
+    w = source.next();
+    dot_0<kIntegers>();
+    if (!Both) load_tile6(w, 4 * kPanel);
+    dot_1<kIntegers>();
+    stream_tile4(x, bytes);
+    source.fetch(kShare);
+    if (Both) {
+      dot_2<kIntegers>();
+      load_tile6(w, 4 * kPanel);
+      source.fetch(kShare);
+      dot_3<kIntegers>();
     }
+    load_tile7(w + 32, 4 * kPanel);
+    source.fetch(kShare);
+    if (!Both) continue;
+    stream_tile5(x + size_t{16} * stride, bytes);
+    source.fetch(kShare);
   }
+  dot_0<kIntegers>();
+  dot_1<kIntegers>();
+  if (!Both) return;
+  dot_2<kIntegers>();
+  dot_3<kIntegers>();
 }
 
 template <uint32_t encoding, class F>
@@ -138,16 +189,16 @@ inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint3
     }
   };
   if (panels.ready()) {
-    // Every turn fetches a share of what comes next, so that the memory is never idle.
     const uint16_t* weights = panels.weights(p, i);
+    const char* start = reinterpret_cast<const char*>(weights + size_t{slice.first} * 2 * kPanel);
     const size_t size = size_t{slice.count} * 4 * kPanel;
-    const uint16_t* end = weights + size_t{slice.first + slice.count} * 2 * kPanel;
-    const Fetch fetch = {turns == 1 ? kFetchAhead : size, following == nullptr ? end : following,
-                         kBlockLines * turn / turns, kBlockLines * (turn + 1) / turns};
-    if (job->weights.encoding == kPhIntegers) return add(Ready<true>(weights, slice, fetch));
-    return add(Ready<false>(weights, slice, fetch));
+    const char *end = start + size, *next = following == nullptr ? end : static_cast<const char*>(following);
+    const auto lines = static_cast<uint32_t>(size / kLine);
+    const Coming coming(start + (turns == 1 ? kFetchAhead : size), end, next, lines, turn, turns);
+    if (job->weights.encoding == kPhIntegers) return add(Ready<true, Coming>(weights, slice, coming));
+    return add(Ready<false, Coming>(weights, slice, coming));
   }
-  if (turn > 0) return add(Ready<false>(panels.kept(i), slice, {}));
+  if (turn > 0) return add(Ready<false, NothingComes>(panels.kept(i), slice, {}));
   if (job->weights.encoding == kPhInt4) return add_expanding<kPhInt4>(job, panels, p, i, slice, add);
   add_expanding<kPhInt8>(job, panels, p, i, slice, add);
 }

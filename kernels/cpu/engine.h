@@ -85,11 +85,14 @@ struct PhEngine {
   }
   Weights head() const { return {model.output_head, ceil_div(model.vocab, kPanel), 1, model.hidden}; }
 
-  // Panels of a piece: about four pieces for each thread, and never less than what one claim is worth.
+  // Panels of a piece: about four pieces for each thread, as many for one as for the other, and never less than what
+  // one claim is worth.
   uint32_t piece_of(uint32_t panels, uint32_t rows) const {
     if (panels > 1000) return 16;  // the output head: many even pieces
-    const uint32_t wanted = threads.used() == 1 ? 1 : threads.used() * 4;
-    return std::max(ceil_div(panels, wanted), rows <= 2 ? 2u : 1u);
+    if (threads.used() == 1) return panels;
+    const auto most_of_one = [&](uint32_t size) { return ceil_div(ceil_div(panels, size), threads.used()) * size; };
+    const uint32_t least = rows <= 2 ? 2 : 1, size = std::max(ceil_div(panels, threads.used() * 4), least);
+    return size > least && most_of_one(size - 1) < most_of_one(size) ? size - 1 : size;
   }
 
   // A linear's panels in pieces. following: what comes after it.

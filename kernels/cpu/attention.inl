@@ -14,6 +14,7 @@ struct Rows {
   const Attention* job;
   uint32_t group, count, stride;
   float* sums;  // [count][stride]
+  bool empty;   // nothing was added to any
 
   Rows(const Attention* j, float* at)
       : job(j),
@@ -23,11 +24,18 @@ struct Rows {
         sums(at) {
     clear();
   }
+  // f(row, its query, its head).
+  template <class F>
+  void over(F&& f) const {
+    for (uint32_t q = 0, row = 0; q < job->count; ++q)
+      for (uint32_t g = 0; g < group; ++g, ++row) f(row, job->queries[q], job->kv_head * group + g);
+  }
   float* end() const { return sums + size_t{count} * stride; }
   float* at(uint32_t row) const { return sums + size_t{row} * stride; }
   const Query& query(uint32_t row) const { return job->queries[row / group]; }
   uint32_t head(uint32_t row) const { return job->kv_head * group + row % group; }
   void clear() {
+    empty = true;
     memset(sums, 0, size_t{count} * stride * sizeof(float));
     for (uint32_t row = 0; row < count; ++row) at(row)[0] = -INFINITY;
   }
@@ -72,7 +80,7 @@ inline void finish(const PhModel* m, const Query& query, uint32_t head, const fl
   const float share = 1.0f / sums[1];
   // Adding 0 makes a -0 a 0: an unseen position can turn one into the other, and another chunking have none.
   over(m->head_dim,
-       [&](uint32_t i, auto as) { store(out + i, load_as(as, sums + kPartialValues + i) * share + 0.0f); });
+       [&](uint32_t i, auto as) { store_input(out + i, load_as(as, sums + kPartialValues + i) * share + 0.0f); });
 }
 
 template <class Input>
@@ -102,6 +110,7 @@ inline void over_parts(const Attention* job, float* memory, Rows* rows, F&& f) {
     if (part.seen.begin < part.seen.end) {
       if (runs_are_cut(job)) gather(job, p * kPart, &part, memory);
       f(p * kPart, part, next);
+      rows->empty = false;
     }
     if (job->leading) continue;
     rows->keep(p - job->first);

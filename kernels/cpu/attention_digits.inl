@@ -152,12 +152,12 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
   Scales scales;
   const auto rows_from = [&](uint32_t row) { return rows->count - row < kDigitRows ? rows->count - row : kDigitRows; };
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  for (uint32_t row = 0; row < rows->count; ++row) {
+  rows->over([&](uint32_t row, const Query& query, uint32_t head) {
     const uint32_t block = row / kDigitRows * kDigitRows;
     int8_t* high = queries + (size_t{2} * block + row - block) * depth;
-    const float* query = rows->query(row).projected + size_t{rows->head(row)} * d;
-    factors[row] = query_digits(query, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
-  }
+    const float* from = query.projected + size_t{head} * d;
+    factors[row] = query_digits(from, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
+  });
   shape_tiles(2 * rows_from(0));
   over_parts<int8_t>(job, memory, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
     Ahead<int8_t> ahead(next, d);
@@ -182,14 +182,14 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       taken = true;
       weigh_tiles(weights, values, ahead, width, sums, width, 2 * size, count);
       for (uint32_t r = 0; r < size; ++r) {
-        float* partial = partials + r * rows->stride;
+        float* partial = rows->empty ? rows->at(row + r) : partials + r * rows->stride;  // as in attend_in_tiles()
         partial[0] = softened.largest[r];
         partial[1] = softened.sums[r];
         for (uint32_t i = 0; i < width; i += W)
           store(partial + kPartialValues + i,
                 load_sums(sums + r * width + i, sums + (size + r) * width + i) * softened.factors[r]);
       }
-      combine_rows(*rows, row, seen, size, partials);
+      if (!rows->empty) combine_rows(*rows, row, seen, size, partials);
     }
     ahead.fetch_rest();
   });

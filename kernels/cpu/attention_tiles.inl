@@ -61,6 +61,9 @@ inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& a
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
   constexpr uint32_t row = kTileRow / sizeof(Element);
   const bool both = rows > 16;
+  const auto apart = [&] {
+    if (both) keep_apart();  // few rows wait for memory, not for each other
+  };
   for (uint32_t i = 0; i < n; i += 32) {
     clear_tile0();
     clear_tile1();
@@ -68,15 +71,22 @@ inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& a
     clear_tile3();
     for (uint32_t j = 0; j < k; j += row) {
       load_tile6(at(i, j), size_t{stride} * 4);
+      apart();
       load_tile7(at(i + 16, j), size_t{stride} * 4);
       ahead.fetch_some();
       load_tile4(a + j, a_stride * sizeof(Element));
+      apart();
       dot_0(Element{});
+      apart();
       dot_1(Element{});
       if (!both) continue;
+      apart();
       load_tile5(a + size_t{16} * a_stride + j, a_stride * sizeof(Element));
+      apart();
       dot_2(Element{});
+      apart();
       dot_3(Element{});
+      apart();
     }
     store_tile0(c + i, c_stride);
     store_tile1(c + i + 16, c_stride);
@@ -275,14 +285,13 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
   float* partials = take(size_t{kScoredRows} * rows->stride);
   uint32_t* positions = reinterpret_cast<uint32_t*>(take(padded));
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  for (uint32_t row = 0; row < rows->count; ++row) {
-    const Query& query = rows->query(row);
-    const float* from = query.projected + size_t{rows->head(row)} * d;
+  rows->over([&](uint32_t row, const Query& query, uint32_t head) {
+    const float* from = query.projected + size_t{head} * d;
     uint16_t* to = queries + size_t{row} * depth;
-    over(d, [&](uint32_t i, auto as) { store(to + i, load_as(as, from + i)); });
+    over(d, [&](uint32_t i, auto as) { store_input(to + i, load_as(as, from + i)); });
     memset(to + d, 0, (depth - d) * sizeof *to);
     positions[row] = query.position;
-  }
+  });
   // f(first row, rows, what they see, until where): blocks of rows that see any of a part.
   const auto over_rows = [&](uint32_t start, auto&& f) {
     for (uint32_t row = 0; row < rows->count; row += kScoredRows) {
@@ -314,13 +323,15 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
       });
     });
     take_values(part, ahead, pad32(part.seen.end), d, depth, values);
+    const bool first = rows->empty;  // what a row has of its first part is the row
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      weigh_tiles(weights + size_t{row} * kPart, values, ahead, depth, partials + kPartialValues, rows->stride, size,
-                  count);
-      for (uint32_t r = 0; r < size; ++r) {
-        partials[r * rows->stride] = largest[row + r];
-        partials[r * rows->stride + 1] = sums[row + r];
+      float* to = first ? rows->at(row) : partials;
+      weigh_tiles(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, rows->stride, size, count);
+      for (uint32_t r = 0; r < size; ++r, to += rows->stride) {
+        to[0] = largest[row + r];
+        to[1] = sums[row + r];
       }
+      if (first) return;
       by_softened(size, [&](uint32_t r, uint32_t some) {
         combine_rows(*rows, row + r, seen + r, some, partials + r * rows->stride);
       });

@@ -23,6 +23,11 @@ inline dot_f bfloat16_dot(dot_f acc, uint32_t x, dot_u w) {
 
 // 32 bfloat16, of `low` and then of `high`, to nearest even; NaN stays NaN, what is below 2^-126 may be 0.
 inline dot_u to_bfloat16_pairs(dot_f low, dot_f high) { return (dot_u)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+// 16 of them, in the same way.
+inline void store_bfloat16(uint16_t* to, dot_f x) {
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(to, &halves, sizeof halves);
+}
 
 }  // namespace
 #else
@@ -49,6 +54,11 @@ inline dot_u to_bfloat16_pairs(dot_f low, dot_f high) {
   dot_u pairs;
   memcpy(&pairs, halves, sizeof pairs);
   return pairs;
+}
+
+inline void store_bfloat16(uint16_t* to, dot_f x) {
+  const dot_u pairs = to_bfloat16_pairs(x, x);
+  memcpy(to, &pairs, sizeof pairs / 2);
 }
 
 }  // namespace

@@ -40,6 +40,16 @@ struct Bf16Input : Plain {
 };
 #endif
 
+// What products take.
+template <class A>
+inline void store_input(float* to, A x) {
+  store(to, x);
+}
+inline void store_input(uint16_t* to, float x) { store(to, x); }
+#ifdef BFLOAT16_DOT
+inline void store_input(uint16_t* to, vf x) { store_bfloat16(to, x); }
+#endif
+
 constexpr vu kUpper = vu{} + 0xffff0000u;
 
 struct FloatInput : Plain {
@@ -182,7 +192,7 @@ template <class Input>
 void norm(const float* x, const float* weight, uint32_t n, uint32_t padded, float eps, void* out) {
   typename Input::type* y = static_cast<typename Input::type*>(out);
   const float scale = inverse_rms(x, n, eps);
-  over(n, [&](uint32_t i, auto as) { store(y + i, load_as(as, weight + i) * (load_as(as, x + i) * scale)); });
+  over(n, [&](uint32_t i, auto as) { store_input(y + i, load_as(as, weight + i) * (load_as(as, x + i) * scale)); });
   memset(y + n, 0, (padded - n) * sizeof *y);
 }
 

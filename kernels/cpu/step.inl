@@ -56,8 +56,9 @@ template <class Input>
 void attend(const Attention* job, float* memory) {
   Rows rows(job, memory);
   attend_to_parts<Input>(job, &rows, rows.end());
-  for (uint32_t row = 0; row < rows.count; ++row)
-    if (rows.query(row).partials == nullptr) finish<Input>(job->model, rows.query(row), rows.head(row), rows.at(row));
+  rows.over([&](uint32_t row, const Query& query, uint32_t head) {
+    if (query.partials == nullptr) finish<Input>(job->model, query, head, rows.at(row));
+  });
 }
 
 inline void rest() {

@@ -5,6 +5,7 @@
 
 #include "engine.h"
 
+#include <math.h>
 #include <string.h>
 #include <time.h>
 
@@ -206,6 +207,40 @@ uint32_t PhEngine::keep_sampled(float* x) {
   return static_cast<uint32_t>(sampled.size());
 }
 
+// The tokens of rows' largest logits: those of a piece are looked at while they are in the cache, and then forgotten.
+void PhEngine::take_largest(const Inputs& inputs, uint32_t rows, Sampled* found) {
+  struct Best {
+    float value;
+    uint32_t token;
+  };
+  const Weights weights = head();
+  const uint32_t width = piece_of(weights.panels, rows) * kPanel;
+  float* memory = logits.get<float>(size_t{threads.size()} * rows * width);
+  Best* bests = best.get<Best>(size_t{threads.size()} * rows);
+  std::fill(bests, bests + size_t{threads.size()} * rows, Best{-INFINITY, 0});
+  over_pieces(weights, rows, qkv_of(0), [&](uint32_t first, uint32_t last, const void* next, uint32_t thread) {
+    float* out = memory + size_t{thread} * rows * width;
+    const PhMatrix piece{weights.at(first), weights.matrix.encoding, 0};
+    const Linear job{inputs, rows, piece, out, nullptr, width, nullptr, 0, next};
+    isa->linear(&job, 0, last - first, expanded_of(thread));
+    const uint32_t begin = first * kPanel, count = std::min(last * kPanel, model.vocab) - begin;
+    for (uint32_t row = 0; row < rows; ++row, out += width) {
+      Best& so_far = bests[size_t{thread} * rows + row];
+      const float largest = isa->largest(out, count);
+      if (largest > so_far.value)
+        so_far = {largest, begin + static_cast<uint32_t>(std::find(out, out + count, largest) - out)};
+    }
+  });
+  for (uint32_t row = 0; row < rows; ++row) {
+    Best whole = bests[row];
+    for (uint32_t thread = 1; thread < threads.size(); ++thread) {
+      const Best& other = bests[size_t{thread} * rows + row];
+      if (other.value > whole.value || (other.value == whole.value && other.token < whole.token)) whole = other;
+    }
+    found[row] = {whole.token, 0.0f};
+  }
+}
+
 int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results, float* all_logits) {
   const uint32_t stride = pad32(model.hidden), vocab_stride = pad32(model.vocab);
   const uint32_t rows = plan(chunks, count);
@@ -228,20 +263,27 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
   if (wanted == 0) return 0;
   end_layer(model.layers - 1, wanted, x);
   const Inputs inputs = norm_rows(x, model.final_norm, wanted, model.output_head);
-  float* out = logits.get<float>(size_t{wanted} * vocab_stride);
-  over_panels(head(), {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab, nullptr},
-              qkv_of(0), isa->linear);
-  if (all_logits != nullptr) {
-    for (uint32_t i = 0; i < wanted; ++i)
-      memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);
-    return 0;
-  }
+  const auto known = [&](const Place& place) { return chunks[place.chunk].start + place.index + 1; };
   std::vector<Sampled> found(wanted);
-  parallel(wanted, [&](uint32_t i, uint32_t) {
-    const PhChunk& chunk = chunks[sampled[i].chunk];
-    found[i] = sample(*isa, out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens,
-                      chunk.start + sampled[i].index + 1);
-  });
+  if (all_logits == nullptr && std::all_of(sampled.begin(), sampled.end(), [&](const Place& place) {
+        return takes_largest(*chunks[place.chunk].sampling, known(place));
+      })) {
+    take_largest(inputs, wanted, found.data());
+  } else {
+    float* out = logits.get<float>(size_t{wanted} * vocab_stride);
+    over_panels(head(), {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab, nullptr},
+                qkv_of(0), isa->linear);
+    if (all_logits != nullptr) {
+      for (uint32_t i = 0; i < wanted; ++i)
+        memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);
+      return 0;
+    }
+    parallel(wanted, [&](uint32_t i, uint32_t) {
+      const PhChunk& chunk = chunks[sampled[i].chunk];
+      found[i] =
+          sample(*isa, out + size_t{i} * vocab_stride, model.vocab, *chunk.sampling, chunk.tokens, known(sampled[i]));
+    });
+  }
   for (uint32_t first = 0, drafts = 0; first < wanted;) {
     const uint32_t c = sampled[first].chunk, behind = chunks[c].sample - 1;
     accept(chunks[c], found.data() + first, c, drafts, results);

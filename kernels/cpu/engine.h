@@ -33,7 +33,7 @@ struct PhEngine {
   const IsaTable* isa;
   ThreadPool threads;
   Crew crew;
-  Buffer residual, normed, codes, factors, qkv, attended, product, logits, scratch, partials, expanded;
+  Buffer best, residual, normed, codes, factors, qkv, attended, product, logits, scratch, partials, expanded;
   std::vector<uint32_t> row_of;  // first activation row of each chunk
   AttentionPlan attention_plan;
   std::vector<Place> sampled;
@@ -95,20 +95,27 @@ struct PhEngine {
     return size > least && most_of_one(size - 1) < most_of_one(size) ? size - 1 : size;
   }
 
-  // A linear's panels in pieces. following: what comes after it.
-  void over_panels(const Weights& weights, const Linear& job, const Weights& following,
-                   void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
-    const uint32_t panels = weights.panels, size = piece_of(panels, job.rows);
-    uint16_t* memory = expanded_of(0);
-    const size_t each = threads.size() > 1 ? expanded_of(1) - memory : 0;
+  // f(first panel, last, what the thread takes next, thread): a linear's panels in pieces. following: what comes after
+  // it.
+  template <class F>
+  void over_pieces(const Weights& weights, uint32_t rows, const Weights& following, F&& f) {
+    const uint32_t panels = weights.panels, size = piece_of(panels, rows);
+    expanded_of(0);  // it grows here, before threads have it
     parallel(ceil_div(panels, size), [&](uint32_t piece, uint32_t thread) {
       const uint32_t first = piece * size;
       // Threads take pieces in turns, more or less.
       const uint32_t next = (piece + threads.used()) * size;
+      f(first, std::min(first + size, panels),
+        next < panels ? weights.at(next) : following.at(thread * piece_of(following.panels, rows) % following.panels),
+        thread);
+    });
+  }
+  void over_panels(const Weights& weights, const Linear& job, const Weights& following,
+                   void (*linear)(const Linear*, uint32_t, uint32_t, uint16_t*)) {
+    over_pieces(weights, job.rows, following, [&](uint32_t first, uint32_t last, const void* next, uint32_t thread) {
       Linear mine = job;
-      mine.following = next < panels ? weights.at(next)
-                                     : following.at(thread * piece_of(following.panels, job.rows) % following.panels);
-      linear(&mine, first, std::min(first + size, panels), memory + each * thread);
+      mine.following = next;
+      linear(&mine, first, last, expanded_of(thread));
     });
   }
 
@@ -122,6 +129,7 @@ struct PhEngine {
   void start_layer(uint32_t index, uint32_t rows, const float* x);
   void end_layer(uint32_t index, uint32_t rows, float* x);
   uint32_t keep_sampled(float* x);
+  void take_largest(const Inputs& inputs, uint32_t rows, Sampled* found);
   void attention(uint32_t index);
   uint32_t plan(const PhChunk* chunks, uint32_t count);
   void attend(uint32_t index, const PhChunk* chunks, uint32_t count, const float* from, float* to);

@@ -191,6 +191,12 @@ uint32_t draw(const IsaTable& isa, const float* z, uint32_t vocab, const PhSampl
 
 }  // namespace
 
+bool takes_largest(const PhSampling& p, uint32_t known) {
+  const bool suppressed = p.suppressed > 0 && known - p.prompt_length < p.min_tokens;
+  return p.temperature == 0.0f && p.repetition_penalty == 1.0f && p.presence_penalty == 0.0f &&
+         p.frequency_penalty == 0.0f && p.biases == 0 && !suppressed && !p.want_logprob;
+}
+
 Sampled sample(const IsaTable& isa, float* logits, uint32_t vocab, const PhSampling& params, const uint32_t* tokens,
                uint32_t known) {
   std::vector<float> raw;

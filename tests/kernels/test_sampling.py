@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import reference
 from kernels.cpu.native import NativeModel, NativeSampling, SamplingFields
+from kernels.cpu.packing import pack_linear
 from kernels.reference import Sampling
 from tests.kernels.variants import GROUPED, PLAIN, Pages, Sequence, Variant, as_chunks, random_tensors
 
@@ -194,6 +196,67 @@ def test_mates_of_a_batch_do_not_matter(variant: Variant, threads: int) -> None:
         model.step(as_chunks(chunks), tokens, logprobs)
         assert tokens.tolist() == [sampled.token for sampled in wanted]
         np.testing.assert_allclose(logprobs, [sampled.logprob for sampled in wanted], rtol=1e-5, atol=1e-5)
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_largest_logit_of_a_whole_step(variant: Variant, threads: int, rows: int, repeated: bool) -> None:
+    """Where nothing else is asked for, logits are never all kept: the same token, and the lowest of equal ones."""
+    tensors = random_tensors(GROUPED)
+    if repeated:  # every logit is there several times, in each of the pieces that threads take
+        head = np.random.default_rng(7).normal(0, 0.3, (10, GROUPED.hidden)).astype(ml_dtypes.bfloat16)
+        tensors["output_head"] = pack_linear(np.resize(head, (GROUPED.vocab, GROUPED.hidden)))
+    model = variant.model(GROUPED, tensors, "float32", threads)
+    try:
+        pages = Pages(model, GROUPED, "float32", 200, 16)
+        rng = np.random.default_rng(5)
+        plain = NativeSampling(replace(PLAIN, logprobs=False))
+        wanted, chunks, sequences = [], [], []
+        for i in range(rows):
+            tokens = rng.integers(0, GROUPED.vocab, 5 + i).astype(np.uint32)
+            sequence = Sequence(tokens, pages.row(len(tokens)), plain)
+            sequences.append(sequence)  # which chunks point into
+            logits = model.logits(as_chunks([sequence.chunk(0, len(tokens))]))[-1]
+            wanted.append(int(np.argmax(logits)))
+            chunks.append(sequence.chunk(0, len(tokens), sample=True))
+        found = np.zeros(rows, np.uint32)
+        model.step(as_chunks(chunks), found, np.zeros(rows, np.float32))
+        assert found.tolist() == wanted
+        assert not repeated or max(wanted) < 10
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": ((3, 100.0),)},
+        {"repetition_penalty": 0.01},
+        {"presence_penalty": -100.0},
+        {"frequency_penalty": -100.0},
+        {"min_tokens": 50, "suppressed": "largest"},
+    ],
+    ids=str,
+)
+def test_a_parameter_counts_without_logprobs(variant: Variant, fields: dict[str, object]) -> None:
+    """One that moves a logit makes the token another one than that of the largest."""
+    model = variant.model(GROUPED, random_tensors(GROUPED), "float32", 1)
+    try:
+        pages = Pages(model, GROUPED, "float32", 200, 16)
+        tokens = np.arange(2, 9).astype(np.uint32)
+        row = pages.row(len(tokens))
+        sequence = Sequence(tokens, row, NativeSampling(PLAIN))
+        largest = int(np.argmax(model.logits(as_chunks([sequence.chunk(0, len(tokens))]))[-1]))
+        if "suppressed" in fields:
+            fields = fields | {"suppressed": (largest,)}
+        sampling = NativeSampling(replace(PLAIN, logprobs=False, **fields))  # type: ignore[arg-type]
+        found = np.zeros(1, np.uint32)
+        sequence = Sequence(tokens, row, sampling)
+        model.step(as_chunks([sequence.chunk(0, len(tokens), sample=True)]), found, np.zeros(1, np.float32))
+        assert found[0] != largest
     finally:
         model.close()
 

@@ -36,8 +36,11 @@ struct Rows {
   uint32_t head(uint32_t row) const { return job->kv_head * group + row % group; }
   void clear() {
     empty = true;
-    memset(sums, 0, size_t{count} * stride * sizeof(float));
-    for (uint32_t row = 0; row < count; ++row) at(row)[0] = -INFINITY;
+    for (uint32_t row = 0; row < count; ++row) clear(row);
+  }
+  void clear(uint32_t row) {
+    memset(at(row), 0, stride * sizeof(float));
+    at(row)[0] = -INFINITY;
   }
   float* place(uint32_t slot, uint32_t row) const {
     float* slots = query(row).partials;

@@ -181,15 +181,16 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       if (!taken) take_values(part, ahead, pad64(part.seen.end), d, width, values);
       taken = true;
       weigh_tiles(weights, values, ahead, width, sums, width, 2 * size, count);
+      float* to = place_partials(*rows, row, partials);
       for (uint32_t r = 0; r < size; ++r) {
-        float* partial = rows->empty ? rows->at(row + r) : partials + r * rows->stride;  // as in attend_in_tiles()
+        float* partial = to + r * rows->stride;
         partial[0] = softened.largest[r];
         partial[1] = softened.sums[r];
         for (uint32_t i = 0; i < width; i += W)
           store(partial + kPartialValues + i,
                 load_sums(sums + r * width + i, sums + (size + r) * width + i) * softened.factors[r]);
       }
-      if (!rows->empty) combine_rows(*rows, row, seen, size, partials);
+      combine_rows(*rows, row, seen, size, to);
     }
     ahead.fetch_rest();
   });

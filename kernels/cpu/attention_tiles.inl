@@ -255,8 +255,18 @@ __attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores,
   soften_for_tiles<false>(scores, seen, rows, count, scale, ahead, weights, largest, sums);
 }
 
+// Where the partials of rows from `row` on are put for combine_rows(): a first part is the row itself.
+inline float* place_partials(const Rows& rows, uint32_t row, float* memory) {
+  return rows.empty ? rows.at(row) : memory;
+}
+
 // What rows from `row` on have, and these partials.
-inline void combine_rows(const Rows& rows, uint32_t row, const Seen* seen, uint32_t count, const float* partials) {
+inline void combine_rows(Rows& rows, uint32_t row, const Seen* seen, uint32_t count, const float* partials) {
+  if (rows.empty) {
+    for (uint32_t r = 0; r < count; ++r)
+      if (seen[r].begin >= seen[r].end) rows.clear(row + r);
+    return;
+  }
   alignas(64) float more[kSoftenedRows] = {}, share[kSoftenedRows];
   for (uint32_t r = 0; r < count; ++r) more[r] = more_of(rows.at(row + r), partials + r * rows.stride);
   store(share, share_of(load(more)));
@@ -323,17 +333,15 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
       });
     });
     take_values(part, ahead, pad32(part.seen.end), d, depth, values);
-    const bool first = rows->empty;  // what a row has of its first part is the row
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      float* to = first ? rows->at(row) : partials;
+      float* to = place_partials(*rows, row, partials);
       weigh_tiles(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, rows->stride, size, count);
-      for (uint32_t r = 0; r < size; ++r, to += rows->stride) {
-        to[0] = largest[row + r];
-        to[1] = sums[row + r];
+      for (uint32_t r = 0; r < size; ++r) {
+        to[r * rows->stride] = largest[row + r];
+        to[r * rows->stride + 1] = sums[row + r];
       }
-      if (first) return;
       by_softened(size, [&](uint32_t r, uint32_t some) {
-        combine_rows(*rows, row + r, seen + r, some, partials + r * rows->stride);
+        combine_rows(*rows, row + r, seen + r, some, to + r * rows->stride);
       });
     });
     ahead.fetch_rest();

@@ -94,6 +94,30 @@ def test_what_int8_pages_hold_of_odd_values(variant: Variant) -> None:
     assert not finite.all() and not np.isfinite(reference.int8_values(held[~finite])).any()
 
 
+@pytest.mark.parametrize(
+    ("kv_dtype", "odd"),
+    [("bfloat16", "a query of zeros"), ("int8", "a query of zeros"), ("bfloat16", "an infinite value")],
+)
+def test_a_part_that_others_see_leaves_no_trace(variant: Variant, kv_dtype: str, odd: str) -> None:
+    """Position 150 sees nothing before 131: with neighbours in its block that do, it has the same bits as alone."""
+    shape = replace(GROUPED, heads=1, kv_heads=1, head_dim=64, sliding_window=20, max_positions=160, qk_norm=False)
+    qkv = np.random.default_rng(3).normal(size=(160, 3 * shape.head_dim)).astype(np.float32)
+    if odd == "a query of zeros":
+        qkv[150, : shape.head_dim] = 0
+    else:
+        qkv[125, 2 * shape.head_dim + 5] = np.inf
+    model = variant.attention(shape, "bfloat16", kv_dtype)
+    try:
+        pages = Pages(model, shape, kv_dtype, 12, 16)
+        sequence = Sequence(np.zeros(160, np.uint32), pages.row(160), NativeSampling(PLAIN))
+        together = model.attend(0, as_chunks([sequence.chunk(0, 160)]), qkv)[150]
+        alone = model.attend(0, as_chunks([sequence.chunk(150, 1)]), qkv[150:151])[0]
+    finally:
+        model.close()
+    assert np.isfinite(alone).all()
+    np.testing.assert_array_equal(together, alone)
+
+
 def errors(variant: Variant, dtype: str, kv_dtype: str, case: Case) -> tuple[float, float]:
     """Of the output over max|V|: against the reference over the pages, and over K and V before their rounding.
 

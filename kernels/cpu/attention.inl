@@ -36,7 +36,8 @@ struct Rows {
   uint32_t head(uint32_t row) const { return job->kv_head * group + row % group; }
   void clear() {
     empty = true;
-    for (uint32_t row = 0; row < count; ++row) clear(row);
+    memset(sums, 0, size_t{count} * stride * sizeof(float));
+    for (uint32_t row = 0; row < count; ++row) at(row)[0] = -INFINITY;
   }
   void clear(uint32_t row) {
     memset(at(row), 0, stride * sizeof(float));

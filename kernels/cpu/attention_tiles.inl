@@ -47,15 +47,6 @@ inline void fold_all(vf* v) {
 // word holds four elements, k is a multiple of 64, and c holds the bits of int32. at(i, j): where the words of b for
 // columns [i, i + 16) and for elements from j on lie; from one row of words to the next it is `stride` words.
 
-inline void dot_0(uint16_t) { dot_bfloat16_0(); }
-inline void dot_1(uint16_t) { dot_bfloat16_1(); }
-inline void dot_2(uint16_t) { dot_bfloat16_2(); }
-inline void dot_3(uint16_t) { dot_bfloat16_3(); }
-inline void dot_0(int8_t) { dot_int8_0(); }
-inline void dot_1(int8_t) { dot_int8_1(); }
-inline void dot_2(int8_t) { dot_int8_2(); }
-inline void dot_3(int8_t) { dot_int8_3(); }
-
 template <class Element, class At>
 inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Element>& ahead, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {

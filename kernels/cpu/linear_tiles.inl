@@ -51,10 +51,10 @@ struct NothingComes {
 
 // What lies in memory as it is multiplied, or was expanded before. Inputs are padded with zeros, panels end: the rest
 // of the last pairs is zeros too.
-template <bool Integers, class Later>
+template <class E, class Later>
 class Ready {
  public:
-  static constexpr bool kIntegers = Integers;
+  typedef E Element;
 
   Ready(const uint16_t* panel, Slice slice, Later later)
       : weights_(panel + size_t{slice.first} * 2 * kPanel), pairs_(slice.count), later_(later) {}
@@ -83,7 +83,7 @@ class Ready {
 template <uint32_t encoding, bool Kept>
 class Expanding {
  public:
-  static constexpr bool kIntegers = false;
+  typedef uint16_t Element;
 
   Expanding(const uint8_t* block, uint32_t blocks, uint16_t* to) : block_(block), blocks_(blocks), to_(to) {
     expand_next();
@@ -107,23 +107,6 @@ class Expanding {
   uint16_t *to_, *ahead_;
 };
 
-template <bool Integers>
-inline void dot_0() {
-  Integers ? dot_int8_0() : dot_bfloat16_0();
-}
-template <bool Integers>
-inline void dot_1() {
-  Integers ? dot_int8_1() : dot_bfloat16_1();
-}
-template <bool Integers>
-inline void dot_2() {
-  Integers ? dot_int8_2() : dot_bfloat16_2();
-}
-template <bool Integers>
-inline void dot_3() {
-  Integers ? dot_int8_3() : dot_bfloat16_3();
-}
-
 // Adds a block of rows by one panel to the sums in the registers. `Both`: it has more than 16 rows.
 //
 // A register is loaded for the next step right after the last product that takes it, and other products follow: a core
@@ -131,7 +114,7 @@ inline void dot_3() {
 // Loads, products and fetches in turns, apart: 20 % faster there than all loads first, 2 to 9 % elsewhere.
 template <bool Both, class Source>
 inline void add_slice(const uint16_t* x, uint32_t stride, uint32_t pairs, Source& source) {
-  constexpr bool kIntegers = Source::kIntegers;
+  typedef typename Source::Element Element;
   constexpr uint32_t kShare = kBlockLines / (Both ? 4 : 2);
   const size_t bytes = size_t{stride} * 2;
   const uint16_t* w = source.next();
@@ -142,19 +125,19 @@ inline void add_slice(const uint16_t* x, uint32_t stride, uint32_t pairs, Source
   for (uint32_t k = kTilePairs; k < pairs; k += kTilePairs) {
     x += 2 * kTilePairs;
     w = source.next();
-    dot_0<kIntegers>();
+    dot_0(Element{});
     keep_apart();
     if (!Both) load_tile6(w, 4 * kPanel);
-    dot_1<kIntegers>();
+    dot_1(Element{});
     keep_apart();
     stream_tile4(x, bytes);
     source.fetch(kShare);
     if (Both) {
-      dot_2<kIntegers>();
+      dot_2(Element{});
       keep_apart();
       load_tile6(w, 4 * kPanel);
       source.fetch(kShare);
-      dot_3<kIntegers>();
+      dot_3(Element{});
       keep_apart();
     }
     load_tile7(w + 32, 4 * kPanel);
@@ -163,11 +146,11 @@ inline void add_slice(const uint16_t* x, uint32_t stride, uint32_t pairs, Source
     stream_tile5(x + size_t{16} * stride, bytes);
     source.fetch(kShare);
   }
-  dot_0<kIntegers>();
-  dot_1<kIntegers>();
+  dot_0(Element{});
+  dot_1(Element{});
   if (!Both) return;
-  dot_2<kIntegers>();
-  dot_3<kIntegers>();
+  dot_2(Element{});
+  dot_3(Element{});
 }
 
 template <uint32_t encoding, class F>
@@ -199,10 +182,10 @@ inline void add_slice(const Linear* job, const Panels& panels, uint32_t p, uint3
     const char *end = start + size, *next = following == nullptr ? end : static_cast<const char*>(following);
     const auto lines = static_cast<uint32_t>(size / kLine);
     const Coming coming(start + (turns == 1 ? kFetchAhead : size), end, next, lines, turn, turns);
-    if (job->weights.encoding == kPhIntegers) return add(Ready<true, Coming>(weights, slice, coming));
-    return add(Ready<false, Coming>(weights, slice, coming));
+    if (job->weights.encoding == kPhIntegers) return add(Ready<int8_t, Coming>(weights, slice, coming));
+    return add(Ready<uint16_t, Coming>(weights, slice, coming));
   }
-  if (turn > 0) return add(Ready<false, NothingComes>(panels.kept(i), slice, {}));
+  if (turn > 0) return add(Ready<uint16_t, NothingComes>(panels.kept(i), slice, {}));
   if (job->weights.encoding == kPhInt4) return add_expanding<kPhInt4>(job, panels, p, i, slice, add);
   add_expanding<kPhInt8>(job, panels, p, i, slice, add);
 }

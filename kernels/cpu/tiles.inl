@@ -194,4 +194,14 @@ SUM_TILE(3, 5, 7)
 
 #endif
 
+// By what is multiplied: bfloat16, or int8.
+inline void dot_0(uint16_t) { dot_bfloat16_0(); }
+inline void dot_1(uint16_t) { dot_bfloat16_1(); }
+inline void dot_2(uint16_t) { dot_bfloat16_2(); }
+inline void dot_3(uint16_t) { dot_bfloat16_3(); }
+inline void dot_0(int8_t) { dot_int8_0(); }
+inline void dot_1(int8_t) { dot_int8_1(); }
+inline void dot_2(int8_t) { dot_int8_2(); }
+inline void dot_3(int8_t) { dot_int8_3(); }
+
 }  // namespace

@@ -1,4 +1,4 @@
-// Attention by tiles over int8 pages: codes are multiplied as they lie in pages, by integers, exactly.
+// Attention over int8 pages: codes are multiplied as they lie in pages, by integers, exactly.
 //
 // Queries and weights are rounded to integers of two digits, each an int8: value = (128 high + low) x a row's factor.
 // The digits of a block of rows are the rows of one matrix, high ones first, so that both sums come from one product.
@@ -11,14 +11,15 @@ namespace {
 
 constexpr uint32_t kDigitRows = 16;          // rows in one product, of two digits each
 constexpr float kMostDigits = 127.0f * 128;  // of an integer of two digits
+
 // --- digits ---
 
 inline float inverse_of(float most) { return most < kLeastRounded ? 0.0f : kMostDigits / most; }
 
 inline void store_digits(vf values, float inverse, int8_t* high, int8_t* low) {
   const vi whole = whole_of(values, inverse), upper = (whole + 64) >> 7;
-  store_codes(high, upper);
-  store_codes(low, whole - (upper << 7));
+  store_codes(high, upper + kStoredShift);
+  store_codes(low, whole - (upper << 7) + kStoredShift);
 }
 
 // The sums of both digits, as they lie in what `product` has left.
@@ -29,8 +30,8 @@ inline vf load_sums(const float* high, const float* low) {
 // A head's query [d] into digits [depth], zeros behind. Returns the factor. Not inlined: one way to round.
 __attribute__((noinline)) float query_digits(const float* query, uint32_t d, uint32_t depth, int8_t* high,
                                              int8_t* low) {
-  memset(high, 0, depth);
-  memset(low, 0, depth);
+  memset(high, kStoredShift, depth);
+  memset(low, kStoredShift, depth);
   const auto values = [&](uint32_t i) {
     if (i + W <= d) return load(query + i);
     alignas(64) float some[W] = {};
@@ -59,10 +60,10 @@ struct Softened {
   alignas(64) float largest[kSoftenedRows], sums[kSoftenedRows], factors[kSoftenedRows];
 };
 
-// Scores of rows, [rows][kPart], and what each is multiplied by, into the digits of weights; scores are changed.
-// Positions that a row does not see have weight 0. All: there is none. count: a multiple of 64.
+// Scores of rows, [rows][kPart], and what each is multiplied by, [kSoftenedRows], into the digits of weights; scores
+// are changed. Positions that a row does not see have weight 0. All: there is none. count: a multiple of 64.
 template <bool All>
-inline void soften_scores(float* scores, vf factors, const Scales& scales, const Seen* seen, uint32_t rows,
+inline void soften_scores(float* scores, const float* factors, const Scales& scales, const Seen* seen, uint32_t rows,
                           uint32_t count, Ahead<int8_t>& ahead, int8_t* weights, Softened* softened) {
   vf joined[kSoftenedRows] = {}, heaviest[kSoftenedRows] = {};
   for (uint32_t row = 0; row < rows; ++row) {
@@ -76,7 +77,7 @@ inline void soften_scores(float* scores, vf factors, const Scales& scales, const
     joined[row] = Largest::of(low, high);
   }
   fold_all<Largest, W, kSoftenedRows>(joined);
-  const vf most = joined[0] * factors, offsets = most * kLog2E, steps = factors * kLog2E;
+  const vf most = joined[0] * load(factors), offsets = most * kLog2E, steps = load(factors) * kLog2E;
   for (uint32_t row = 0; row < rows; ++row) {
     float* at = scores + row * kPart;
     Visible<All> visible(seen[row]);
@@ -127,8 +128,8 @@ __attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, co
       high[t] = m->logit_softcap * tanhf(high[t] * scale[row] / m->logit_softcap);
     scale[row] = 1.0f;
   }
-  if (all) return soften_scores<true>(scores, load(scale), scales, seen, rows, kPart, ahead, weights, softened);
-  soften_scores<false>(scores, load(scale), scales, seen, rows, count, ahead, weights, softened);
+  if (all) return soften_scores<true>(scores, scale, scales, seen, rows, kPart, ahead, weights, softened);
+  soften_scores<false>(scores, scale, scales, seen, rows, count, ahead, weights, softened);
 }
 
 // --- a piece of work ---
@@ -175,12 +176,12 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       if (count == 0) continue;
       count = pad64(count);
       shape_tiles(2 * size);
-      score_tiles(queries + size_t{2} * row * depth, deep, ahead, depth, scores, 2 * size, count);
+      score_block(queries + size_t{2} * row * depth, deep, ahead, depth, scores, 2 * size, count);
       Softened softened;
       soften_digits(job->model, scores, factors + row, scales, seen, size, count, ahead, weights, &softened);
       if (!taken) take_values(part, ahead, pad64(part.seen.end), d, width, values);
       taken = true;
-      weigh_tiles(weights, values, ahead, width, sums, width, 2 * size, count);
+      weigh_block(weights, values, ahead, width, sums, width, 2 * size, count);
       float* to = place_partials(*rows, row, partials);
       for (uint32_t r = 0; r < size; ++r) {
         float* partial = to + r * rows->stride;

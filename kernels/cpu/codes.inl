@@ -5,6 +5,19 @@ namespace {
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in the low bits
 constexpr float kLeastRounded = 1e-33f;  // rows whose largest value is less are zeros
 
+// vpdpbusd wants one side without a sign: each of its codes is multiplied as if it were kShift more. Where nothing else
+// takes them, as tiles do, they are stored so.
+#if W == 16 && !defined(PAGEHOLD_EMULATE)
+constexpr int32_t kShift = 128;
+#else
+constexpr int32_t kShift = 0;
+#endif
+#ifdef TILES
+constexpr int32_t kStoredShift = 0;
+#else
+constexpr int32_t kStoredShift = kShift;
+#endif
+
 // The largest |value| of a vector's lanes and `most`, as bits; NaN is above all.
 inline vi most_of(vi most, vf values) {
   const vi bits = reinterpret_cast<vi>(values) & 0x7fffffff;

@@ -43,7 +43,8 @@ inline void rotate(float* values, uint32_t n, uint32_t width) {
   }
 }
 
-// A row [n] of what a table's linears take, rotated, into codes [padded] with zeros behind. Returns the factor.
+// A row [n] of what a table's linears take, rotated, into codes [padded] with zeros behind, all kStoredShift more.
+// Returns the factor.
 // scratch: floats, [padded].
 template <class T>
 float round_row(const void* row, uint32_t n, uint32_t width, uint32_t padded, float* scratch, int8_t* codes) {
@@ -60,7 +61,7 @@ float round_row(const void* row, uint32_t n, uint32_t width, uint32_t padded, fl
   vi most = vi{};
   for (uint32_t i = 0; i < padded; i += W) most = most_of(most, load(scratch + i));
   const float largest = largest_of(most), inverse = largest < kLeastRounded ? 0.0f : 127.0f / largest;
-  for (uint32_t i = 0; i < padded; i += W) store_codes(codes + i, whole_of(load(scratch + i), inverse));
+  for (uint32_t i = 0; i < padded; i += W) store_codes(codes + i, whole_of(load(scratch + i), inverse) + kStoredShift);
   return largest / 127.0f;
 }
 
@@ -78,25 +79,19 @@ inline vf scaled(vi sums, const Linear* job, uint32_t row, const PanelHead* head
   return __builtin_convertvector(sums, vf) * (load(head->scales + n) * job->factors[row]);
 }
 
-// acc + the products of four codes, in each lane. x: the same four for all lanes, as if each were kShift more.
+// acc + the products of four codes, in each lane. x: the same four for all lanes, as they are stored.
 #if W == 16 && !defined(PAGEHOLD_EMULATE)
-constexpr int32_t kShift = 128;  // vpdpbusd wants one side without a sign
-
 inline vi integer_dot(vi acc, uint32_t x, vu w) {
-  const __m512i codes = _mm512_set1_epi32(static_cast<int>(x ^ 0x80808080u));
+  const __m512i codes = _mm512_set1_epi32(static_cast<int>(kStoredShift == kShift ? x : x ^ 0x80808080u));
   return (vi)_mm512_dpbusd_epi32((__m512i)acc, codes, (__m512i)w);
 }
 #elif W == 16
-constexpr int32_t kShift = 0;
-
 inline vi integer_dot(vi acc, uint32_t x, vu w) {
   for (int shift = 24; shift >= 0; shift -= 8)
     acc += (static_cast<int32_t>(x << shift) >> 24) * (reinterpret_cast<vi>(w << shift) >> 24);
   return acc;
 }
 #else
-constexpr int32_t kShift = 0;
-
 inline vi integer_dot(vi acc, uint32_t x, vu w) {
 #if W == 8
   const __m256i codes = _mm256_set1_epi32(static_cast<int>(x)), weights = (__m256i)w;
@@ -113,22 +108,22 @@ inline vi integer_dot(vi acc, uint32_t x, vu w) {
 }
 #endif
 
-// As the other inputs of linear.inl: a pair is four codes here, and sums are integers in the registers of floats.
+// As the other inputs of linear.inl: a pair is four codes here.
 struct IntegerInput {
   typedef uint16_t type;
+  typedef vi Sum;
   template <int R, int V>
-  static inline void pair(const uint16_t* x, uint32_t stride, const uint16_t* w, vf (&acc)[R][V]) {
+  static inline void pair(const uint16_t* x, uint32_t stride, const uint16_t* w, vi (&acc)[R][V]) {
     vu weights[V];
     for (int v = 0; v < V; ++v) weights[v] = *reinterpret_cast<const vu_unaligned*>(w + 2 * W * v);
     for (int r = 0; r < R; ++r) {
       uint32_t codes;
       memcpy(&codes, x + size_t(r) * stride, 4);
-      for (int v = 0; v < V; ++v)
-        acc[r][v] = reinterpret_cast<vf>(integer_dot(reinterpret_cast<vi>(acc[r][v]), codes, weights[v]));
+      for (int v = 0; v < V; ++v) acc[r][v] = integer_dot(acc[r][v], codes, weights[v]);
     }
   }
-  static inline vf output(vf sums, const Linear* job, uint32_t row, const uint8_t* panel, uint32_t n) {
-    vi whole = reinterpret_cast<vi>(sums), totals;
+  static inline vf output(vi whole, const Linear* job, uint32_t row, const uint8_t* panel, uint32_t n) {
+    vi totals;
     memcpy(&totals, head_of(panel)->totals + n, sizeof totals);
     if (kShift != 0) whole -= totals * kShift;
     return scaled(whole, job, row, head_of(panel), n);

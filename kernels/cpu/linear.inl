@@ -19,8 +19,10 @@ constexpr int tile_vectors(int rows) { return W == 16 || rows > 2 ? 2 : 4; }
 // Inputs that one pass over a piece's panels keeps in the second-level cache, beside the panels.
 constexpr uint32_t kInputBytes = 160 << 10;
 
-// Sums are outputs.
+// Sums are outputs. Of another type they would be spilled: the compiler keeps no array in registers that is read as
+// what it is not.
 struct Plain {
+  typedef vf Sum;
   static inline vf output(vf sums, const Linear*, uint32_t, const uint8_t*, uint32_t) { return sums; }
 };
 
@@ -50,6 +52,12 @@ inline void store_input(uint16_t* to, float x) { store(to, x); }
 inline void store_input(uint16_t* to, vf x) { store_bfloat16(to, x); }
 #endif
 
+// As exact as what it is stored as.
+inline vf silu_for(const float*, vf x) { return silu(x); }
+#ifdef BFLOAT16_DOT
+inline vf silu_for(const uint16_t*, vf x) { return coarse_silu(x); }
+#endif
+
 constexpr vu kUpper = vu{} + 0xffff0000u;
 
 struct FloatInput : Plain {
@@ -72,26 +80,26 @@ struct FloatInput : Plain {
   }
 };
 
-template <int R, int V>
+template <class Sum, int R, int V>
 struct Sums {
-  vf at[R][V];
+  Sum at[R][V];
 };
 
 // R rows by V vectors of outputs; w points at the first of these outputs within its panel. The next panel is fetched
 // meanwhile: the stride of half a panel defeats the hardware's own prefetch, and reading and multiplying would take
 // turns. Not inlined: the three kinds of linear share the code.
 template <class Input, int R, int V>
-__attribute__((noinline)) Sums<R, V> tile(const typename Input::type* x, uint32_t stride, uint32_t pairs,
-                                          const uint16_t* w) {
-  vf acc[R][V];  // apart from the result, which lies in memory
+__attribute__((noinline)) Sums<typename Input::Sum, R, V> tile(const typename Input::type* x, uint32_t stride,
+                                                               uint32_t pairs, const uint16_t* w) {
+  typename Input::Sum acc[R][V];  // apart from the result, which lies in memory
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = vf{};
+    for (int v = 0; v < V; ++v) acc[r][v] = typename Input::Sum{};
   const size_t panel = size_t{pairs} * 2 * kPanel;
   for (uint32_t k = 0; k < pairs; ++k, x += 2, w += 2 * kPanel) {
     for (int line = 0; line < 2 * W * V; line += 32) __builtin_prefetch(w + panel + line, 0, 2);
     Input::template pair<R, V>(x, stride, w, acc);
   }
-  Sums<R, V> sums;
+  Sums<typename Input::Sum, R, V> sums;
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums.at[r][v] = acc[r][v];
   return sums;
@@ -156,8 +164,9 @@ void gate_up_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* 
       for (int r = 0; r < R; ++r, out += job->output_stride) {
         for (int v = 0; v < V; ++v) {
           const uint32_t n = (part + v) * W;
-          store(out + v * W, silu(Input::output(g.at[r][v], job, row + r, panels.packed(p, 0), n)) *
-                                 Input::output(u.at[r][v], job, row + r, panels.packed(p, 1), n));
+          const vf x = Input::output(g.at[r][v], job, row + r, panels.packed(p, 0), n);
+          const vf y = Input::output(u.at[r][v], job, row + r, panels.packed(p, 1), n);
+          store_input(out + v * W, silu_for(out, x) * y);
         }
       }
     }

@@ -13,11 +13,13 @@
 //
 #include "integers.inl"
 //
+#ifdef BFLOAT16_DOT
+#include "coarse.inl"
+#endif
+//
 #include "linear.inl"
 //
 #ifdef TILES
-#include "coarse.inl"
-//
 #include "linear_tiles.inl"
 #endif
 //
@@ -29,7 +31,13 @@
 //
 #include "attention.inl"
 #ifdef TILES
-#include "attention_tiles.inl"
+#include "product_tiles.inl"
+#elif defined(BFLOAT16_DOT)
+#include "product_dots.inl"
+#endif
+//
+#ifdef BFLOAT16_DOT
+#include "attention_bfloat16.inl"
 //
 #include "attention_digits.inl"
 #endif
@@ -41,10 +49,10 @@ namespace {
 template <class Input>
 void attend_to_parts(const Attention* job, Rows* rows, float* memory) {
   const uint32_t type = job->model->kv_type;
-#ifdef TILES
+#ifdef BFLOAT16_DOT
   if constexpr (sizeof(typename Input::type) == 2) {
     if (type == kPhKvInt8) return attend_in_digits(job, rows, memory);
-    if (type == kPhKvBfloat16) return attend_in_tiles(job, rows, memory);
+    if (type == kPhKvBfloat16) return attend_in_bfloat16(job, rows, memory);
   }
 #endif
   if (type == kPhKvInt8) return attend_in_float<int8_t>(job, rows, memory);

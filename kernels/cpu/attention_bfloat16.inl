@@ -1,13 +1,11 @@
-// Attention by tiles: queries, keys, weights and values of a part are bfloat16, their products and sums are float.
+// Attention in bfloat16: queries, keys, weights and values of a part are bfloat16, their products and sums are float.
 //
 // For pages and inputs of bfloat16. Parts, masks and how parts are combined are those of attention.inl. Both products
-// are C[rows][N] = A[rows][K] B[K/2][N][2], with B as it lies in pages: scores are queries x keys, sums are weights x
-// values. Keys are multiplied in their pages; values are copied first, for a tile takes more positions than a page may
-// have, and what nobody sees must be 0. A product adds along K in one order whatever the rows, so a decode has the bits
-// of a prefill. Weights are summed as they were rounded: what rounding adds to one side of the quotient it adds to the
-// other.
-//
-// The same with vdpbf16ps in place of tiles was no faster than floats: a prompt of 512 took as long, a decode longer.
+// (product_tiles.inl, product_dots.inl) take keys and values as they lie in pages: scores are queries x keys, sums are
+// weights x values. Keys are multiplied in their pages; values are copied first, for a product takes more positions
+// than a page may have, and what nobody sees must be 0. A product adds along K in one order whatever the rows, so a
+// decode has the bits of a prefill. Weights are summed as they were rounded: what rounding adds to one side of the
+// quotient it adds to the other.
 
 namespace {
 
@@ -42,53 +40,9 @@ inline void fold_all(vf* v) {
 }
 
 // --- products ---
-//
-// c [rows][c_stride] = a [rows][a_stride] b, columns [0, n); n and k are multiples of 32, rows at most 32. Of int8 a
-// word holds four elements, k is a multiple of 64, and c holds the bits of int32. at(i, j): where the words of b for
-// columns [i, i + 16) and for elements from j on lie; from one row of words to the next it is `stride` words.
-
-template <class Element, class At>
-inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Element>& ahead, float* c,
-                    uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
-  constexpr uint32_t row = kTileRow / sizeof(Element);
-  const bool both = rows > 16;
-  const auto apart = [&] {
-    if (both) keep_apart();  // few rows wait for memory, not for each other
-  };
-  for (uint32_t i = 0; i < n; i += 32) {
-    clear_tile0();
-    clear_tile1();
-    clear_tile2();
-    clear_tile3();
-    for (uint32_t j = 0; j < k; j += row) {
-      load_tile6(at(i, j), size_t{stride} * 4);
-      apart();
-      load_tile7(at(i + 16, j), size_t{stride} * 4);
-      ahead.fetch_some();
-      load_tile4(a + j, a_stride * sizeof(Element));
-      apart();
-      dot_0(Element{});
-      apart();
-      dot_1(Element{});
-      if (!both) continue;
-      apart();
-      load_tile5(a + size_t{16} * a_stride + j, a_stride * sizeof(Element));
-      apart();
-      dot_2(Element{});
-      apart();
-      dot_3(Element{});
-      apart();
-    }
-    store_tile0(c + i, c_stride);
-    store_tile1(c + i + 16, c_stride);
-    if (!both) continue;
-    store_tile2(c + size_t{16} * c_stride + i, c_stride);
-    store_tile3(c + size_t{16} * c_stride + i + 16, c_stride);
-  }
-}
 
 template <class Kv>
-inline void score_tiles(const Kv* queries, const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t depth, float* scores,
+inline void score_block(const Kv* queries, const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t depth, float* scores,
                         uint32_t rows, uint32_t count) {
   const auto at = [&](uint32_t i, uint32_t j) { return part.keys[i / kRun] + size_t{j} * part.stride; };
   product(queries, depth, part.stride, at, ahead, scores, kPart, rows, count, depth);
@@ -96,7 +50,7 @@ inline void score_tiles(const Kv* queries, const Part<Kv>& part, Ahead<Kv>& ahea
 
 // values: [count / E][width] words.
 template <class Kv>
-inline void weigh_tiles(const Kv* weights, const Kv* values, Ahead<Kv>& ahead, uint32_t width, float* sums,
+inline void weigh_block(const Kv* weights, const Kv* values, Ahead<Kv>& ahead, uint32_t width, float* sums,
                         uint32_t sums_stride, uint32_t rows, uint32_t count) {
   const auto at = [&](uint32_t i, uint32_t j) { return values + size_t{j} * width + i * kWord<Kv>; };
   product(weights, kPart, width, at, ahead, sums, sums_stride, rows, width, count);
@@ -192,8 +146,8 @@ constexpr uint32_t kSoftenedRows = W;  // lanes of their largest scores and of t
 // into their largest and sum, of kSoftenedRows. Positions that a row does not see have weight 0, whatever their score.
 // All: there is none.
 template <bool All>
-inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t rows, uint32_t count, float scale,
-                             Ahead<uint16_t>& ahead, uint16_t* weights, float* largest, float* sums) {
+inline void soften_block(const float* scores, const Seen* seen, uint32_t rows, uint32_t count, float scale,
+                         Ahead<uint16_t>& ahead, uint16_t* weights, float* largest, float* sums) {
   vf joined[kSoftenedRows];
   for (uint32_t row = rows; row < kSoftenedRows; ++row) joined[row] = vf{};
   for (uint32_t row = 0; row < rows; ++row) {
@@ -231,9 +185,9 @@ inline void soften_for_tiles(const float* scores, const Seen* seen, uint32_t row
   store(sums, joined[0]);
 }
 
-__attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores, const Seen* seen, uint32_t rows,
-                                                uint32_t count, float scale, Ahead<uint16_t>& ahead, uint16_t* weights,
-                                                float* largest, float* sums) {
+__attribute__((noinline)) void soften_block(const PhModel* m, float* scores, const Seen* seen, uint32_t rows,
+                                            uint32_t count, float scale, Ahead<uint16_t>& ahead, uint16_t* weights,
+                                            float* largest, float* sums) {
   if (m->logit_softcap != 0.0f) {
     for (uint32_t row = 0; row < rows; ++row)
       for (uint32_t t = seen[row].begin; t < seen[row].end; ++t)
@@ -242,8 +196,8 @@ __attribute__((noinline)) void soften_for_tiles(const PhModel* m, float* scores,
   }
   bool all = true;
   for (uint32_t row = 0; row < rows; ++row) all = all && seen[row].begin == 0 && seen[row].end == kPart;
-  if (all) return soften_for_tiles<true>(scores, seen, rows, kPart, scale, ahead, weights, largest, sums);
-  soften_for_tiles<false>(scores, seen, rows, count, scale, ahead, weights, largest, sums);
+  if (all) return soften_block<true>(scores, seen, rows, kPart, scale, ahead, weights, largest, sums);
+  soften_block<false>(scores, seen, rows, count, scale, ahead, weights, largest, sums);
 }
 
 // Where the partials of rows from `row` on are put for combine_rows(): a first part is the row itself.
@@ -269,7 +223,7 @@ inline void combine_rows(Rows& rows, uint32_t row, const Seen* seen, uint32_t co
 
 // --- a piece of work ---
 
-inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
+inline void attend_in_bfloat16(const Attention* job, Rows* rows, float* memory) {
   const uint32_t d = job->model->head_dim, depth = pad32(d), padded = pad16(rows->count);
   const auto take = [&](size_t floats) {
     float* taken = memory;
@@ -317,16 +271,16 @@ inline void attend_in_tiles(const Attention* job, Rows* rows, float* memory) {
     Ahead<uint16_t> ahead(next, d);
     const Part<uint16_t> deep = deepened(part, d, depth, keys);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      score_tiles(queries + size_t{row} * depth, deep, ahead, depth, scores, size, count);
+      score_block(queries + size_t{row} * depth, deep, ahead, depth, scores, size, count);
       by_softened(size, [&](uint32_t r, uint32_t some) {
-        soften_for_tiles(job->model, scores + r * kPart, seen + r, some, count, scale, ahead,
-                         weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
+        soften_block(job->model, scores + r * kPart, seen + r, some, count, scale, ahead,
+                     weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
       });
     });
     take_values(part, ahead, pad32(part.seen.end), d, depth, values);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
       float* to = place_partials(*rows, row, partials);
-      weigh_tiles(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, rows->stride, size, count);
+      weigh_block(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, rows->stride, size, count);
       for (uint32_t r = 0; r < size; ++r) {
         to[r * rows->stride] = largest[row + r];
         to[r * rows->stride + 1] = sums[row + r];

@@ -45,15 +45,15 @@ template <class Kv>
 inline void score_block(const Kv* queries, const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t depth, float* scores,
                         uint32_t rows, uint32_t count) {
   const auto at = [&](uint32_t i, uint32_t j) { return part.keys[i / kRun] + size_t{j} * part.stride; };
-  product(queries, depth, part.stride, at, ahead, scores, kPart, rows, count, depth);
+  product<true>(queries, depth, part.stride, at, ahead, scores, kPart, rows, count, depth);
 }
 
-// values: [count / E][width] words.
+// values: of each run [kRun / E][width] words.
 template <class Kv>
-inline void weigh_block(const Kv* weights, const Kv* values, Ahead<Kv>& ahead, uint32_t width, float* sums,
+inline void weigh_block(const Kv* weights, const Kv* const* values, Ahead<Kv>& ahead, uint32_t width, float* sums,
                         uint32_t sums_stride, uint32_t rows, uint32_t count) {
-  const auto at = [&](uint32_t i, uint32_t j) { return values + size_t{j} * width + i * kWord<Kv>; };
-  product(weights, kPart, width, at, ahead, sums, sums_stride, rows, width, count);
+  const auto at = [&](uint32_t i, uint32_t j) { return values[j / kRun] + i * kWord<Kv>; };
+  product<false>(weights, kPart, width, at, ahead, sums, sums_stride, rows, width, count);
 }
 
 // --- from pages into blocks ---
@@ -89,20 +89,24 @@ inline Part<Kv> deepened(const Part<Kv>& part, uint32_t d, uint32_t depth, Kv* m
   return deep;
 }
 
-// The words of values of `count` positions, a whole number of runs, padded with zeros as positions are that nobody
-// sees: values [count / E][width] words.
+// Where the words of values of `count` positions lie, a whole number of runs: [kRun / E][width] of each. In pages, or
+// in memory [count / E][width], padded with zeros as positions are that nobody sees.
 template <class Kv>
-inline void take_values(const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t count, uint32_t d, uint32_t width,
-                        Kv* values) {
+inline void take_values(const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t rows, uint32_t count, uint32_t d,
+                        uint32_t width, Kv* memory, const Kv** values) {
   constexpr uint32_t E = kWord<Kv>;
   const uint32_t words = kRun / E * d;  // of a run
   for (uint32_t t = 0; t < count; t += kRun) {
-    if (t % (kRun * E / 2) == 0) ahead.fetch_some();  // half as much as is copied
-    stay_awake();
-    Kv* to = values + size_t{t} * width;
+    Kv* to = memory + size_t{t} * width;
     const Kv* from = part.values[t / kRun];
     const Seen& seen = part.seen;
-    if (t >= seen.begin && t + kRun <= seen.end && d == width) {
+    const bool whole = t >= seen.begin && t + kRun <= seen.end && d == width;
+    const bool stays = whole && rows <= kRowsFromPages;
+    values[t / kRun] = stays ? from : to;
+    if (stays) continue;
+    if (t % (kRun * E / 2) == 0) ahead.fetch(kFetched);  // half as much as is copied
+    stay_awake();
+    if (whole) {
       for (uint32_t i = 0; i < words; i += W) store_words(to + i * E, load_words(from + i * E));
       continue;
     }
@@ -159,7 +163,7 @@ inline void soften_block(const float* scores, const Seen* seen, uint32_t rows, u
       high = Largest::of(high, visible.next(load(from + t + W), -INFINITY));
     }
     joined[row] = Largest::of(low, high);
-    ahead.fetch_some();
+    ahead.fetch(kFetched);
   }
   fold_all<Largest, W, kSoftenedRows>(joined);
   const float factor = scale * kLog2E;
@@ -178,7 +182,7 @@ inline void soften_block(const float* scores, const Seen* seen, uint32_t rows, u
       store_words(to + t, pairs);
     }
     joined[row] = total;
-    ahead.fetch_some();
+    ahead.fetch(kFetched);
   }
   fold_all<Sum, W, kSoftenedRows>(joined);
   store(largest, most);
@@ -226,14 +230,14 @@ inline void combine_rows(Rows& rows, uint32_t row, const Seen* seen, uint32_t co
 inline void attend_in_bfloat16(const Attention* job, Rows* rows, float* memory) {
   const uint32_t d = job->model->head_dim, depth = pad32(d), padded = pad16(rows->count);
   const auto take = [&](size_t floats) {
-    float* taken = memory;
+    float* from = memory;
     memory += floats;
-    return taken;
+    return from;
   };
   const auto take_halves = [&](size_t count) { return reinterpret_cast<uint16_t*>(take(count / 2)); };
   uint16_t* queries = take_halves(size_t{rows->count} * depth);
   uint16_t* keys = take_halves(size_t{depth} * kPart);
-  uint16_t* values = take_halves(size_t{depth} * kPart);
+  uint16_t* taken = take_halves(size_t{depth} * kPart);
   float* scores = take(kScoredRows * kPart);
   uint16_t* weights = take_halves(size_t{rows->count} * kPart);
   float *largest = take(padded), *sums = take(padded);
@@ -277,7 +281,8 @@ inline void attend_in_bfloat16(const Attention* job, Rows* rows, float* memory) 
                      weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
       });
     });
-    take_values(part, ahead, pad32(part.seen.end), d, depth, values);
+    const uint16_t* values[kRuns];
+    take_values(part, ahead, rows->count, pad32(part.seen.end), d, depth, taken, values);
     over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
       float* to = place_partials(*rows, row, partials);
       weigh_block(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, rows->stride, size, count);

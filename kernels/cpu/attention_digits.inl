@@ -16,10 +16,17 @@ constexpr float kMostDigits = 127.0f * 128;  // of an integer of two digits
 
 inline float inverse_of(float most) { return most < kLeastRounded ? 0.0f : kMostDigits / most; }
 
+// Of values that have signs.
 inline void store_digits(vf values, float inverse, int8_t* high, int8_t* low) {
   const vi whole = whole_of(values, inverse), upper = (whole + 64) >> 7;
   store_codes(high, upper + kStoredShift);
   store_codes(low, whole - (upper << 7) + kStoredShift);
+}
+// Of weights, which have none.
+inline void store_weight_digits(vf weights, float inverse, int8_t* high, int8_t* low) {
+  const vi whole = whole_of(weights, inverse);
+  store_codes(high, whole >> 7);
+  store_codes(low, whole & 127);
 }
 
 // The sums of both digits, as they lie in what `product` has left.
@@ -94,7 +101,7 @@ inline void soften_scores(float* scores, const float* factors, const Scales& sca
     }
     joined[row] = total;
     heaviest[row] = heavy;
-    ahead.fetch_some();
+    ahead.fetch(kFetched);
   }
   fold_all<Sum, W, kSoftenedRows>(joined);
   fold_all<Heaviest, W, kSoftenedRows>(heaviest);
@@ -103,7 +110,7 @@ inline void soften_scores(float* scores, const float* factors, const Scales& sca
     const float* from = scores + row * kPart;
     if (row % 4 == 0) stay_awake();
     int8_t *high = weights + row * kPart, *low = high + rows * kPart;
-    for (uint32_t t = 0; t < count; t += W) store_digits(load(from + t), inverses[row], high + t, low + t);
+    for (uint32_t t = 0; t < count; t += W) store_weight_digits(load(from + t), inverses[row], high + t, low + t);
   }
   store(softened->largest, most);
   store(softened->sums, joined[0]);
@@ -120,7 +127,7 @@ __attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, co
   for (uint32_t row = 0; row < rows; ++row) {
     float *high = scores + row * kPart, *low = high + rows * kPart;
     if (row % 4 == 0) stay_awake();
-    ahead.fetch_some();
+    ahead.fetch(kFetched);
     for (uint32_t t = 0; t < count; t += W) store(high + t, load_sums(high + t, low + t) * load(scales.keys + t));
     all = all && seen[row].begin == 0 && seen[row].end == kPart;
     if (m->logit_softcap == 0.0f) continue;
@@ -137,15 +144,15 @@ __attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, co
 inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
   const uint32_t d = job->model->head_dim, depth = pad64(d), width = pad32(d);
   const auto take = [&](size_t floats) {
-    float* taken = memory;
+    float* from = memory;
     memory += floats;
-    return taken;
+    return from;
   };
   const auto take_codes = [&](size_t bytes) { return reinterpret_cast<int8_t*>(take(bytes / sizeof(float))); };
   float* factors = take(pad16(rows->count));
   int8_t* queries = take_codes(size_t{pad16(rows->count)} * 2 * depth);  // of each block [digit][rows][depth]
   int8_t* keys = take_codes(size_t{depth} * kPart);
-  int8_t* values = take_codes(size_t{width} * kPart);
+  int8_t* taken = take_codes(size_t{width} * kPart);
   int8_t* weights = take_codes(2 * kDigitRows * kPart);
   float* scores = take(2 * kDigitRows * kPart);
   float* sums = take(size_t{2} * kDigitRows * width);
@@ -164,7 +171,7 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
     Ahead<int8_t> ahead(next, d);
     const Part<int8_t> deep = deepened(part, d, depth, keys);
     take_scales(part, &scales);
-    bool taken = false;
+    const int8_t* values[kRuns] = {};
     for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
       const uint32_t size = rows_from(row);
       Seen seen[kDigitRows];
@@ -179,8 +186,7 @@ inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
       score_block(queries + size_t{2} * row * depth, deep, ahead, depth, scores, 2 * size, count);
       Softened softened;
       soften_digits(job->model, scores, factors + row, scales, seen, size, count, ahead, weights, &softened);
-      if (!taken) take_values(part, ahead, pad64(part.seen.end), d, width, values);
-      taken = true;
+      if (values[0] == nullptr) take_values(part, ahead, rows->count, pad64(part.seen.end), d, width, taken, values);
       weigh_block(weights, values, ahead, width, sums, width, 2 * size, count);
       float* to = place_partials(*rows, row, partials);
       for (uint32_t r = 0; r < size; ++r) {

@@ -56,6 +56,8 @@ struct Part {
   }
 };
 
+constexpr uint32_t kFetched = 16;  // lines that are fetched at once
+
 // A part that comes next, fetched some lines at a time between steps of the work on another. A core has few lines under
 // way (16 in a Xeon): many that are asked for at once hold up what follows, and memory idles after that.
 template <class Kv>
@@ -63,9 +65,10 @@ class Ahead {
  public:
   Ahead(const Part<Kv>& part, uint32_t d) : part_(part), lines_(d / kWord<Kv>) { begin(0, part.first); }
 
-  void fetch_some() {
+  // At most so many lines.
+  void fetch(uint32_t lines) {
     if (half_ == 2) return;
-    const uint32_t count = left_ < kFetched ? left_ : kFetched;
+    const uint32_t count = left_ < lines ? left_ : lines;
     for (uint32_t i = 0; i < count; ++i) __builtin_prefetch(at_ + i * stride_, 0, 2);
     at_ += count * stride_;
     left_ -= count;
@@ -74,12 +77,10 @@ class Ahead {
     begin(half_ + 1, part_.first);
   }
   void fetch_rest() {
-    while (half_ != 2) fetch_some();
+    while (half_ != 2) fetch(kFetched);
   }
 
  private:
-  static constexpr uint32_t kFetched = 16;
-
   // half: 0 keys, 1 values, 2 nothing more.
   void begin(uint32_t half, uint32_t run) {
     half_ = half;

@@ -1,6 +1,7 @@
 // Products of attention, by vectors of words: what product_tiles.inl does with tiles.
 //
-// Digits are stored kStoredShift more than they are (integers.inl); what that adds to a sum is taken off again.
+// Codes that have signs are stored kStoredShift more than they are (codes.inl); what that adds to a sum is taken off
+// again.
 
 namespace {
 
@@ -8,7 +9,9 @@ namespace {
 inline void shape_tiles(uint32_t) {}
 inline void stay_awake() {}
 
-constexpr uint32_t kWordRows = 8;  // that are multiplied between two fetches
+// So many rows take values from pages, run by run. More have them side by side: pages may lie so that their runs drive
+// each other out of the first-level cache.
+constexpr uint32_t kRowsFromPages = kTileRows;
 
 // The sums of products of words of such elements.
 template <class Element>
@@ -25,19 +28,20 @@ struct Dots<int8_t> {
   static vf result(vi sum, vi totals) { return reinterpret_cast<vf>(sum - totals * kStoredShift); }
 };
 
-// R rows and 32 columns, whose words begin at `low` and at `high`; `words` rows of them, a multiple of kWordRows.
-template <int R, class Element>
-__attribute__((noinline)) void product_rows(const Element* a, uint32_t a_stride, const Element* low,
-                                            const Element* high, uint32_t stride, Ahead<Element>& ahead, float* c,
-                                            uint32_t c_stride, uint32_t words) {
+// R rows and columns [i, i + 32).
+template <bool Signed, int R, class Element, class At>
+__attribute__((noinline)) void product_rows(const Element* a, uint32_t a_stride, uint32_t stride, const At& at,
+                                            Ahead<Element>& ahead, float* c, uint32_t c_stride, uint32_t i,
+                                            uint32_t k) {
   typedef Dots<Element> Dot;
-  constexpr uint32_t E = kWord<Element>;
-  constexpr bool kShifted = sizeof(Element) == 1 && kStoredShift != 0;
+  constexpr uint32_t E = kWord<Element>, kRows = kRun / E;
+  constexpr bool kShifted = Signed && sizeof(Element) == 1 && kStoredShift != 0;
   typename Dot::Sum sums[R][2], totals[2] = {};
   for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = typename Dot::Sum{};
-  for (uint32_t some = 0; some < words; some += kWordRows) {
-    ahead.fetch_some();
-    for (uint32_t w = 0; w < kWordRows; ++w, a += E, low += size_t{stride} * E, high += size_t{stride} * E) {
+  for (uint32_t j = 0; j < k; j += kRun) {
+    ahead.fetch(2 * kRows);
+    const Element *low = at(i, j), *high = at(i + W, j);
+    for (uint32_t w = 0; w < kRows; ++w, a += E, low += size_t{stride} * E, high += size_t{stride} * E) {
       const vu left = load_words(low), right = load_words(high);
       for (int r = 0; r < R; ++r) {
         uint32_t word;
@@ -54,13 +58,13 @@ __attribute__((noinline)) void product_rows(const Element* a, uint32_t a_stride,
     for (int v = 0; v < 2; ++v) store(c + r * c_stride + v * W, Dot::result(sums[r][v], totals[v]));
 }
 
-template <class Element, class At>
-inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Element>& ahead, float* c,
+template <bool Signed, class Element, class At>
+inline void product(const Element* a, uint32_t a_stride, uint32_t stride, const At& at, Ahead<Element>& ahead, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
   for (uint32_t i = 0; i < n; i += 2 * W)
     in_blocks<kTileRows>(rows, [&](uint32_t row, auto count) {
-      product_rows<decltype(count)::value>(a + size_t{row} * a_stride, a_stride, at(i, 0), at(i + W, 0), stride, ahead,
-                                           c + size_t{row} * c_stride + i, c_stride, k / kWord<Element>);
+      product_rows<Signed, decltype(count)::value>(a + size_t{row} * a_stride, a_stride, stride, at, ahead,
+                                                   c + size_t{row} * c_stride + i, c_stride, i, k);
     });
 }
 

@@ -2,12 +2,16 @@
 //
 // c [rows][c_stride] = a [rows][a_stride] b, columns [0, n); n and k are multiples of 32, rows at most 32. Of int8 a
 // word holds four elements, k is a multiple of 64, and c holds the bits of int32. at(i, j): where the words of b for
-// columns [i, i + 16) and for elements from j on lie; from one row of words to the next it is `stride` words.
+// columns [i, i + 16) and for elements from j on lie, a multiple of a run; from one row of words to the next it is
+// `stride` words. Signed: codes of `a` have signs.
 
 namespace {
 
-template <class Element, class At>
-inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& at, Ahead<Element>& ahead, float* c,
+// A tile takes more positions than a run has.
+constexpr uint32_t kRowsFromPages = 0;
+
+template <bool Signed, class Element, class At>
+inline void product(const Element* a, uint32_t a_stride, uint32_t stride, const At& at, Ahead<Element>& ahead, float* c,
                     uint32_t c_stride, uint32_t rows, uint32_t n, uint32_t k) {
   constexpr uint32_t row = kTileRow / sizeof(Element);
   const bool both = rows > 16;
@@ -23,7 +27,7 @@ inline void product(const Element* a, uint32_t a_stride, uint32_t stride, At&& a
       load_tile6(at(i, j), size_t{stride} * 4);
       apart();
       load_tile7(at(i + 16, j), size_t{stride} * 4);
-      ahead.fetch_some();
+      ahead.fetch(kFetched);
       load_tile4(a + j, a_stride * sizeof(Element));
       apart();
       dot_0(Element{});

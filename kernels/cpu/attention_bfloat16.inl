@@ -2,10 +2,11 @@
 //
 // For pages and inputs of bfloat16. Parts, masks and how parts are combined are those of attention.inl. Both products
 // (product_tiles.inl, product_dots.inl) take keys and values as they lie in pages: scores are queries x keys, sums are
-// weights x values. Keys are multiplied in their pages; values are copied first, for a product takes more positions
-// than a page may have, and what nobody sees must be 0. A product adds along K in one order whatever the rows, so a
-// decode has the bits of a prefill. Weights are summed as they were rounded: what rounding adds to one side of the
-// quotient it adds to the other.
+// weights x values. Keys are multiplied in their pages. Values are copied first (take_values) where what is seen ends
+// within a run, for what nobody sees must be 0, and where a product wants them side by side: a tile takes more
+// positions than a page may have. A product adds along K in one order whatever the rows, so a decode has the bits of a
+// prefill. Weights are summed as they were rounded: what rounding adds to one side of the quotient it adds to the
+// other.
 
 namespace {
 
@@ -90,7 +91,8 @@ inline Part<Kv> deepened(const Part<Kv>& part, uint32_t d, uint32_t depth, Kv* m
 }
 
 // Where the words of values of `count` positions lie, a whole number of runs: [kRun / E][width] of each. In pages, or
-// in memory [count / E][width], padded with zeros as positions are that nobody sees.
+// in memory [count / E][width], padded with zeros as positions are that nobody sees. rows: of the job, all that are
+// multiplied by them.
 template <class Kv>
 inline void take_values(const Part<Kv>& part, Ahead<Kv>& ahead, uint32_t rows, uint32_t count, uint32_t d,
                         uint32_t width, Kv* memory, const Kv** values) {

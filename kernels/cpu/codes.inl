@@ -5,8 +5,8 @@ namespace {
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, in the low bits
 constexpr float kLeastRounded = 1e-33f;  // rows whose largest value is less are zeros
 
-// vpdpbusd wants one side without a sign: each of its codes is multiplied as if it were kShift more. Where nothing else
-// takes them, as tiles do, they are stored so.
+// vpdpbusd wants one side without a sign: codes of inputs are multiplied as if they were kShift more. They are stored
+// kStoredShift more: as it takes them, or where tiles take them too, as they are.
 #if W == 16 && !defined(PAGEHOLD_EMULATE)
 constexpr int32_t kShift = 128;
 #else

@@ -44,8 +44,7 @@ inline void rotate(float* values, uint32_t n, uint32_t width) {
 }
 
 // A row [n] of what a table's linears take, rotated, into codes [padded] with zeros behind, all kStoredShift more.
-// Returns the factor.
-// scratch: floats, [padded].
+// Returns the factor. scratch: floats, [padded].
 template <class T>
 float round_row(const void* row, uint32_t n, uint32_t width, uint32_t padded, float* scratch, int8_t* codes) {
   const T* values = static_cast<const T*>(row);

@@ -19,8 +19,7 @@ constexpr int tile_vectors(int rows) { return W == 16 || rows > 2 ? 2 : 4; }
 // Inputs that one pass over a piece's panels keeps in the second-level cache, beside the panels.
 constexpr uint32_t kInputBytes = 160 << 10;
 
-// Sums are outputs. Of another type they would be spilled: the compiler keeps no array in registers that is read as
-// what it is not.
+// Sums are outputs. Sum is the type in which they are added: the compiler spills an array that is read as another one.
 struct Plain {
   typedef vf Sum;
   static inline vf output(vf sums, const Linear*, uint32_t, const uint8_t*, uint32_t) { return sums; }

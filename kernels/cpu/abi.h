@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 7u
+#define PAGEHOLD_ABI_VERSION 8u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
@@ -45,6 +45,9 @@ struct PhModel {
   PhMatrix output_head;
   const float* final_norm;
   const PhLayer* layer;  // [layers]
+  // The same with matrices of the same values in fewer bytes, for steps of few rows; null: there are none.
+  PhMatrix compact_head;
+  const PhLayer* compact_layer;  // [layers]
 };
 
 struct PhSampling {

@@ -142,7 +142,7 @@ void PhEngine::attention(uint32_t index) {
 }
 
 void PhEngine::start_layer(uint32_t index, uint32_t rows, const float* x) {
-  const PhLayer& w = layers[index];
+  const PhLayer& w = layer(index, rows);
   const uint32_t qkv_outputs = (model.heads + 2 * model.kv_heads) * model.head_dim;
 
   const Linear qkv_job{norm_rows(x, w.attention_norm, rows, w.qkv),
@@ -154,26 +154,27 @@ void PhEngine::start_layer(uint32_t index, uint32_t rows, const float* x) {
                        w.qkv_bias,
                        qkv_outputs,
                        nullptr};
-  over_panels(qkv_of(index), qkv_job, attention_output_of(index), isa->linear);
+  over_panels(qkv_of(index, rows), qkv_job, attention_output_of(index, rows), isa->linear);
 
   attention(index);
 }
 
 void PhEngine::end_layer(uint32_t index, uint32_t rows, float* x) {
-  const PhLayer& w = layers[index];
+  const PhLayer& w = layer(index, rows);
   const uint32_t stride = pad32(model.hidden), inner = pad32(model.intermediate);
   const Inputs heads = rounded(attended.get<uint8_t>(0), model.heads * model.head_dim, rows, w.attention_output, 1);
-  over_panels(attention_output_of(index), {heads, rows, w.attention_output, x, nullptr, stride, nullptr, 0, nullptr},
-              gate_up_of(index), isa->linear_add);
+  over_panels(attention_output_of(index, rows),
+              {heads, rows, w.attention_output, x, nullptr, stride, nullptr, 0, nullptr}, gate_up_of(index, rows),
+              isa->linear_add);
 
   uint8_t* middle = product.get<uint8_t>(0);
   const Inputs normed_rows = norm_rows(x, w.mlp_norm, rows, w.gate_up);
-  over_panels(gate_up_of(index), {normed_rows, rows, w.gate_up, nullptr, middle, inner, nullptr, 0, nullptr},
-              down_of(index), isa->linear_gate_up);
+  over_panels(gate_up_of(index, rows), {normed_rows, rows, w.gate_up, nullptr, middle, inner, nullptr, 0, nullptr},
+              down_of(index, rows), isa->linear_gate_up);
 
   const Inputs products = rounded(middle, model.intermediate, rows, w.down, rotation(model.intermediate));
-  over_panels(down_of(index), {products, rows, w.down, x, nullptr, stride, nullptr, 0, nullptr},
-              index + 1 < model.layers ? qkv_of(index + 1) : head(), isa->linear_add);
+  over_panels(down_of(index, rows), {products, rows, w.down, x, nullptr, stride, nullptr, 0, nullptr},
+              index + 1 < model.layers ? qkv_of(index + 1, rows) : head(rows), isa->linear_add);
 }
 
 uint32_t PhEngine::plan(const PhChunk* chunks, uint32_t count) {
@@ -213,12 +214,12 @@ void PhEngine::take_largest(const Inputs& inputs, uint32_t rows, Sampled* found)
     float value;
     uint32_t token;
   };
-  const Weights weights = head();
+  const Weights weights = head(rows);
   const uint32_t width = piece_of(weights.panels, rows) * kPanel;
   float* memory = logits.get<float>(size_t{threads.size()} * rows * width);
   Best* bests = best.get<Best>(size_t{threads.size()} * rows);
   std::fill(bests, bests + size_t{threads.size()} * rows, Best{-INFINITY, 0});
-  over_pieces(weights, rows, qkv_of(0), [&](uint32_t first, uint32_t last, const void* next, uint32_t thread) {
+  over_pieces(weights, rows, qkv_of(0, rows), [&](uint32_t first, uint32_t last, const void* next, uint32_t thread) {
     float* out = memory + size_t{thread} * rows * width;
     const PhMatrix piece{weights.at(first), weights.matrix.encoding, 0};
     const Linear job{inputs, rows, piece, out, nullptr, width, nullptr, 0, next};
@@ -262,7 +263,8 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
   }
   if (wanted == 0) return 0;
   end_layer(model.layers - 1, wanted, x);
-  const Inputs inputs = norm_rows(x, model.final_norm, wanted, model.output_head);
+  const Weights last = head(wanted);
+  const Inputs inputs = norm_rows(x, model.final_norm, wanted, last.matrix);
   const auto known = [&](const Place& place) { return chunks[place.chunk].start + place.index + 1; };
   std::vector<Sampled> found(wanted);
   if (all_logits == nullptr && std::all_of(sampled.begin(), sampled.end(), [&](const Place& place) {
@@ -271,8 +273,8 @@ int PhEngine::step(const PhChunk* chunks, uint32_t count, const Results& results
     take_largest(inputs, wanted, found.data());
   } else {
     float* out = logits.get<float>(size_t{wanted} * vocab_stride);
-    over_panels(head(), {inputs, wanted, model.output_head, out, nullptr, vocab_stride, nullptr, model.vocab, nullptr},
-                qkv_of(0), isa->linear);
+    over_panels(last, {inputs, wanted, last.matrix, out, nullptr, vocab_stride, nullptr, model.vocab, nullptr},
+                qkv_of(0, wanted), isa->linear);
     if (all_logits != nullptr) {
       for (uint32_t i = 0; i < wanted; ++i)
         memcpy(all_logits + size_t{i} * model.vocab, out + size_t{i} * vocab_stride, size_t{model.vocab} * 4);

@@ -28,7 +28,7 @@ struct Place {
 // One model with its memory and threads.
 struct PhEngine {
   PhModel model;
-  std::vector<PhLayer> layers;
+  std::vector<PhLayer> layers, compact;  // compact: of the same values in fewer bytes, or empty
   PhPool pool{};
   const IsaTable* isa;
   ThreadPool threads;
@@ -41,6 +41,7 @@ struct PhEngine {
   PhEngine(const PhModel* m, uint32_t thread_count, const IsaTable* table)
       : model(*m), layers(m->layer, m->layer + m->layers), isa(table), threads(thread_count), crew(thread_count) {
     model.layer = layers.data();
+    if (m->compact_layer != nullptr) compact.assign(m->compact_layer, m->compact_layer + m->layers);
   }
 
   uint32_t attention_scratch_floats() const {
@@ -71,19 +72,27 @@ struct PhEngine {
       return static_cast<const uint8_t*>(matrix.panels) + panel * together * panel_size(matrix.encoding, pairs);
     }
   };
-  Weights qkv_of(uint32_t index) const {
-    return {layers[index].qkv, ceil_div((model.heads + 2 * model.kv_heads) * model.head_dim, kPanel), 1, model.hidden};
+  // For so many rows.
+  bool take_compact(uint32_t rows) const { return rows <= isa->few_rows && !compact.empty(); }
+  const PhLayer& layer(uint32_t index, uint32_t rows) const { return (take_compact(rows) ? compact : layers)[index]; }
+  Weights qkv_of(uint32_t index, uint32_t rows) const {
+    const uint32_t outputs = (model.heads + 2 * model.kv_heads) * model.head_dim;
+    return {layer(index, rows).qkv, ceil_div(outputs, kPanel), 1, model.hidden};
   }
-  Weights attention_output_of(uint32_t index) const {
-    return {layers[index].attention_output, ceil_div(model.hidden, kPanel), 1, model.heads * model.head_dim};
+  Weights attention_output_of(uint32_t index, uint32_t rows) const {
+    const uint32_t inputs = model.heads * model.head_dim;
+    return {layer(index, rows).attention_output, ceil_div(model.hidden, kPanel), 1, inputs};
   }
-  Weights gate_up_of(uint32_t index) const {
-    return {layers[index].gate_up, ceil_div(model.intermediate, kPanel), 2, model.hidden};
+  Weights gate_up_of(uint32_t index, uint32_t rows) const {
+    return {layer(index, rows).gate_up, ceil_div(model.intermediate, kPanel), 2, model.hidden};
   }
-  Weights down_of(uint32_t index) const {
-    return {layers[index].down, ceil_div(model.hidden, kPanel), 1, model.intermediate};
+  Weights down_of(uint32_t index, uint32_t rows) const {
+    return {layer(index, rows).down, ceil_div(model.hidden, kPanel), 1, model.intermediate};
   }
-  Weights head() const { return {model.output_head, ceil_div(model.vocab, kPanel), 1, model.hidden}; }
+  Weights head(uint32_t rows) const {
+    const PhMatrix& matrix = take_compact(rows) ? model.compact_head : model.output_head;
+    return {matrix, ceil_div(model.vocab, kPanel), 1, model.hidden};
+  }
 
   // Panels of a piece: about four pieces for each thread, as many for one as for the other, and never less than what
   // one claim is worth.

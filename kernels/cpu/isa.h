@@ -62,6 +62,7 @@ struct Noise {
 struct IsaTable {
   const char* name;
   uint32_t input_size;  // bytes of an element of a linear's input: 4, or 2 for bfloat16
+  uint32_t few_rows;    // up to so many are multiplied faster by blocks than by bfloat16, which is more bytes
   // y = W x (+ bias) for panels [first, last). expanded: scratch of expanded_size() elements.
   void (*linear)(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded);
   // output += W x.

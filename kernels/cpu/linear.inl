@@ -79,41 +79,94 @@ struct FloatInput : Plain {
   }
 };
 
-template <class Sum, int R, int V>
-struct Sums {
-  Sum at[R][V];
-};
-
-// R rows by V vectors of outputs; w points at the first of these outputs within its panel. The next panel is fetched
-// meanwhile: the stride of half a panel defeats the hardware's own prefetch, and reading and multiplying would take
-// turns. Not inlined: the three kinds of linear share the code.
+// R rows by V vectors of outputs into sums [R][kPanelVectors]; w points at the first of these outputs within its panel.
+// The next panel is fetched meanwhile: the stride of half a panel defeats the hardware's own prefetch, and reading and
+// multiplying would take turns. Not inlined: the three kinds of linear share the code.
 template <class Input, int R, int V>
-__attribute__((noinline)) Sums<typename Input::Sum, R, V> tile(const typename Input::type* x, uint32_t stride,
-                                                               uint32_t pairs, const uint16_t* w) {
-  typename Input::Sum acc[R][V];  // apart from the result, which lies in memory
+__attribute__((noinline)) void tile(const typename Input::type* x, uint32_t stride, uint32_t pairs, const uint16_t* w,
+                                    typename Input::Sum* sums) {
+  typename Input::Sum acc[R][V];  // apart from the sums, which lie in memory
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) acc[r][v] = typename Input::Sum{};
-  const size_t panel = size_t{pairs} * 2 * kPanel;
-  for (uint32_t k = 0; k < pairs; ++k, x += 2, w += 2 * kPanel) {
-    for (int line = 0; line < 2 * W * V; line += 32) __builtin_prefetch(w + panel + line, 0, 2);
+  const uint16_t* next = w + size_t{pairs} * 2 * kPanel;
+  for (uint32_t k = 0; k < pairs; ++k, x += 2, w += 2 * kPanel, next += 2 * kPanel) {
+    __asm__("" : "+r"(next));  // or it is an index for each line, and rows lack registers for theirs
+    for (int line = 0; line < 2 * W * V; line += 32) __builtin_prefetch(next + line, 0, 2);
     Input::template pair<R, V>(x, stride, w, acc);
   }
-  Sums<typename Input::Sum, R, V> sums;
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums.at[r][v] = acc[r][v];
-  return sums;
+    for (int v = 0; v < V; ++v) sums[r * kPanelVectors + v] = acc[r][v];
 }
 
-// f(first row, Count<rows>, panel) over all rows and panels [first, last): a few rows over one panel, then the next
-// rows over it, and so many rows before the next panel as stay in the cache.
-template <class Input, class F>
-inline void over_tiles(const Linear* job, uint32_t first, uint32_t last, F&& f) {
-  const uint32_t fit = kInputBytes / (job->stride * sizeof(typename Input::type)) / kTileRows * kTileRows;
+#ifdef BFLOAT16_DOT
+constexpr uint32_t kFewRows = 8;  // by which weights are multiplied as soon as they are expanded
+
+// R rows by a panel of blocks into sums [R][kPanelVectors].
+template <uint32_t encoding, int R>
+__attribute__((noinline)) void expand_and_multiply(const uint16_t* x, uint32_t stride, uint32_t pairs,
+                                                   const uint8_t* block, vf* sums) {
+  vf acc[kPanelVectors][R] = {};
+  for (uint32_t k = 0; k < pairs; k += kBlock / 2, x += kBlock) {
+    block = over_weights<encoding>(block, [&](uint32_t pair, uint32_t column, vf low, vf high) {
+      const dot_u weights = to_bfloat16_pairs(low, high);
+      for (int r = 0; r < R; ++r) {
+        uint32_t both;
+        memcpy(&both, x + size_t(r) * stride + 2 * pair, 4);
+        acc[column / (2 * W)][r] = bfloat16_dot(acc[column / (2 * W)][r], both, weights);
+      }
+    });
+  }
+  for (int r = 0; r < R; ++r)
+    for (uint32_t v = 0; v < kPanelVectors; ++v) sums[r * kPanelVectors + v] = acc[v][r];
+}
+
+// The same by the i-th of the panels that belong to p.
+template <int R>
+inline void multiply(const Linear* job, const Panels& panels, uint32_t p, uint32_t i, vf* sums) {
+  const bool four = job->weights.encoding == kPhInt4;
+  const auto use = four ? expand_and_multiply<kPhInt4, R> : expand_and_multiply<kPhInt8, R>;
+  use(static_cast<const uint16_t*>(job->at), job->stride, job->pairs, panels.packed(p, i), sums);
+}
+
+// f(row, panel, sums) as over_tiles() calls it, for a few rows by blocks.
+template <uint32_t Together, class F>
+inline void over_blocks(const Linear* job, const Panels& panels, uint32_t first, uint32_t last, F&& f) {
+  with_count<kFewRows>(job->rows, [&](auto count) {
+    constexpr int R = decltype(count)::value;
+    for (uint32_t p = first; p < last; ++p) {
+      vf sums[Together][R][kPanelVectors];
+      for (uint32_t i = 0; i < Together; ++i) multiply<R>(job, panels, p, i, sums[i][0]);
+      for (int r = 0; r < R; ++r) f(r, p, [&](uint32_t i, uint32_t v) { return sums[i][r][v]; });
+    }
+  });
+}
+#endif
+
+// f(row, panel, sums) for all rows and panels [first, last); sums(i, v): vector v by the i-th of the panels that belong
+// to it. A few rows over one panel, then the next rows over it, and so many rows before the next panel as stay in the
+// cache.
+template <class Input, uint32_t Together, class F>
+inline void over_tiles(const Linear* job, uint16_t* expanded, uint32_t first, uint32_t last, F&& f) {
+  typedef typename Input::type T;
+  Panels panels(job, Together, expanded);
+#ifdef BFLOAT16_DOT
+  if constexpr (std::is_same_v<Input, Bf16Input>)
+    if (!panels.ready() && job->rows <= kFewRows) return over_blocks<Together>(job, panels, first, last, f);
+#endif
+  const uint32_t fit = kInputBytes / (job->stride * sizeof(T)) / kTileRows * kTileRows;
   const uint32_t most = fit > kTileRows ? fit : kTileRows;
   for (uint32_t start = 0; start < job->rows; start += most) {
     const uint32_t rows = job->rows - start < most ? job->rows - start : most;
     for (uint32_t p = first; p < last; ++p)
-      in_blocks<kTileRows>(rows, [&](uint32_t row, auto count) { f(start + row, count, p); });
+      in_blocks<kTileRows>(rows, [&](uint32_t row, auto count) {
+        constexpr int R = decltype(count)::value, V = tile_vectors(R);
+        const T* x = static_cast<const T*>(job->at) + size_t{start + row} * job->stride;
+        typename Input::Sum sums[Together][R][kPanelVectors];
+        for (uint32_t part = 0; part < kPanelVectors; part += V)
+          for (uint32_t i = 0; i < Together; ++i)
+            tile<Input, R, V>(x, job->stride, job->pairs, panels.at(p, i) + 2 * W * part, &sums[i][0][part]);
+        for (int r = 0; r < R; ++r) f(start + row + r, p, [&](uint32_t i, uint32_t v) { return sums[i][r][v]; });
+      });
   }
 }
 
@@ -128,21 +181,12 @@ inline void add_bias(const Linear* job, uint32_t first, uint32_t last) {
 
 template <class Input, Then then>
 void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  typedef typename Input::type T;
-  Panels panels(job, 1, expanded);
-  over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
-    constexpr int R = decltype(count)::value, V = tile_vectors(R);
-    const T* x = static_cast<const T*>(job->at) + size_t{row} * job->stride;
-    const uint16_t* w = panels.at(p, 0);
-    for (uint32_t part = 0; part < kPanelVectors; part += V) {
-      const auto sums = tile<Input, R, V>(x, job->stride, job->pairs, w + 2 * W * part);
-      float* out = job->output + size_t{row} * job->output_stride + p * kPanel + part * W;
-      for (int r = 0; r < R; ++r, out += job->output_stride) {
-        for (int v = 0; v < V; ++v) {
-          const vf y = Input::output(sums.at[r][v], job, row + r, panels.packed(p, 0), (part + v) * W);
-          store(out + v * W, then == Then::kAdd ? load(out + v * W) + y : y);
-        }
-      }
+  const Panels panels(job, 1, expanded);
+  over_tiles<Input, 1>(job, expanded, first, last, [&](uint32_t row, uint32_t p, auto&& sums) {
+    float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
+    for (uint32_t v = 0; v < kPanelVectors; ++v, out += W) {
+      const vf y = Input::output(sums(0, v), job, row, panels.packed(p, 0), v * W);
+      store(out, then == Then::kAdd ? load(out) + y : y);
     }
   });
   if (then == Then::kStore) add_bias(job, first, last);
@@ -150,24 +194,13 @@ void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
 
 template <class Input, class Product>
 void gate_up_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  typedef typename Input::type T;
-  Panels panels(job, 2, expanded);
-  over_tiles<Input>(job, first, last, [&](uint32_t row, auto count, uint32_t p) {
-    constexpr int R = decltype(count)::value, V = tile_vectors(R);
-    const T* x = static_cast<const T*>(job->at) + size_t{row} * job->stride;
-    const uint16_t *gate = panels.at(p, 0), *up = panels.at(p, 1);
-    for (uint32_t part = 0; part < kPanelVectors; part += V) {
-      const auto g = tile<Input, R, V>(x, job->stride, job->pairs, gate + 2 * W * part);
-      const auto u = tile<Input, R, V>(x, job->stride, job->pairs, up + 2 * W * part);
-      Product* out = static_cast<Product*>(job->product) + size_t{row} * job->output_stride + p * kPanel + part * W;
-      for (int r = 0; r < R; ++r, out += job->output_stride) {
-        for (int v = 0; v < V; ++v) {
-          const uint32_t n = (part + v) * W;
-          const vf x = Input::output(g.at[r][v], job, row + r, panels.packed(p, 0), n);
-          const vf y = Input::output(u.at[r][v], job, row + r, panels.packed(p, 1), n);
-          store_input(out + v * W, silu_for(out, x) * y);
-        }
-      }
+  const Panels panels(job, 2, expanded);
+  over_tiles<Input, 2>(job, expanded, first, last, [&](uint32_t row, uint32_t p, auto&& sums) {
+    Product* out = static_cast<Product*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
+    for (uint32_t v = 0; v < kPanelVectors; ++v, out += W) {
+      const vf gate = Input::output(sums(0, v), job, row, panels.packed(p, 0), v * W);
+      const vf up = Input::output(sums(1, v), job, row, panels.packed(p, 1), v * W);
+      store_input(out, silu_for(out, gate) * up);
     }
   });
 }

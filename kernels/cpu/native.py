@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 7
+ABI_VERSION: Final = 8
 
 
 class NativeError(Exception):
@@ -40,6 +40,19 @@ class _Layer(Structure):
     ]
 
 
+Tensors = dict[str, npt.NDArray[np.generic]]  # by the names of a packed model
+
+
+def _layers(tensors: Tensors, count: int) -> ctypes.Array[_Layer]:
+    layers = (_Layer * count)()
+    for number, layer in enumerate(layers):
+        for name, kind, *_ in _Layer._fields_:
+            tensor = tensors.get(f"layers.{number}.{name}")
+            if tensor is not None:
+                setattr(layer, name, _matrix(tensor) if kind is _Matrix else tensor.ctypes.data)
+    return layers
+
+
 def _matrix(tensor: npt.NDArray[np.generic]) -> _Matrix:
     return _Matrix(panels=tensor.ctypes.data, encoding=_ENCODINGS[tensor.dtype])
 
@@ -54,6 +67,8 @@ class _Model(Structure):
         *((name, c_void_p) for name in ("rope_cos", "rope_sin", "embedding")),
         ("output_head", _Matrix),
         *((name, c_void_p) for name in ("final_norm", "layer")),
+        ("compact_head", _Matrix),
+        ("compact_layer", c_void_p),
     ]
 
 
@@ -197,27 +212,25 @@ class NativeModel:
     def __init__(
         self,
         shape: ModelShape,
-        tensors: dict[str, npt.NDArray[np.generic]],
+        tensors: Tensors,
         inverse_frequencies: npt.NDArray[np.float32],
         dtype: str,
         kv_dtype: str,
         threads: int,
         isa: str | None = None,
         library_path: Path | None = None,
+        compact: Tensors | None = None,
     ) -> None:
         """tensors: by the names of a packed model, in place: bfloat16 panels as uint16, int8 blocks as int8, int4
-        blocks as uint8, integers as uint32. kv_dtype: of the pages, float32, bfloat16 or int8. Raises NativeError.
+        blocks as uint8, integers as uint32. kv_dtype: of the pages, float32, bfloat16 or int8. compact: the same values
+        in fewer bytes, for steps of few rows. Raises NativeError.
         """
         self._library = library(library_path)
         angles = np.arange(shape.max_positions, dtype=np.float32)[:, None] * inverse_frequencies
         cosine, sine = np.cos(angles), np.sin(angles)
-        layers = (_Layer * shape.layers)()
-        for number, layer in enumerate(layers):
-            for name, kind, *_ in _Layer._fields_:
-                tensor = tensors.get(f"layers.{number}.{name}")
-                if tensor is not None:
-                    setattr(layer, name, _matrix(tensor) if kind is _Matrix else tensor.ctypes.data)
-        self._kept = (tensors, cosine, sine, layers)
+        layers = _layers(tensors, shape.layers)
+        compact_layers = None if compact is None else _layers(compact, shape.layers)
+        self._kept = (tensors, compact, cosine, sine, layers, compact_layers)
         model = _Model(
             abi_version=ABI_VERSION,
             model_size=ctypes.sizeof(_Model),
@@ -243,6 +256,9 @@ class NativeModel:
             final_norm=tensors["final_norm"].ctypes.data,
             layer=ctypes.addressof(layers),
         )
+        if compact is not None and compact_layers is not None:
+            model.compact_head = _matrix(compact["output_head"])
+            model.compact_layer = ctypes.addressof(compact_layers)
         error = c_char_p()
         self._engine = self._library.pagehold_create(byref(model), threads, isa.encode() if isa else None, byref(error))
         if not self._engine:

@@ -7,6 +7,27 @@
 
 namespace {
 
+// Each output's factor beside each of its pair's two inputs: float16 [32] into float [64].
+#if W == 16 && defined(__AVX512F__) && !defined(__clang__)
+typedef uint16_t halves32 __attribute__((vector_size(64)));
+
+// Of outputs [First, First + 16).
+template <int First, int... I>
+inline void spread_16(halves32 halves, float* to, std::integer_sequence<int, I...>) {
+  const halves32 both = __builtin_shuffle(halves, (halves32){(First + I / 2)...});
+  __m256i parts[2];
+  memcpy(parts, &both, sizeof parts);
+  for (int i = 0; i < 2; ++i) store(to + 2 * First + i * W, (vf)_mm512_maskz_cvtph_ps(0xffff, parts[i]));
+}
+
+inline void spread(const uint16_t* halves, float* to) {
+  typedef std::make_integer_sequence<int, 32> Lanes;
+  halves32 all;
+  memcpy(&all, halves, sizeof all);
+  spread_16<0>(all, to, Lanes{});
+  spread_16<16>(all, to, Lanes{});
+}
+#else
 // A float16 in the low half of each lane; neither infinity nor NaN. The exponent's bias is mended by a product, which
 // is right for subnormals too.
 inline vf half_to_float(vu bits) {
@@ -20,7 +41,6 @@ inline vf twice(vf v, std::integer_sequence<int, I...>) {
   return SHUFFLE(v, v, (First + I / 2)...);
 }
 
-// Each output's factor beside each of its pair's two inputs: float16 [32] into float [64].
 inline void spread(const uint16_t* halves, float* to) {
   typedef std::make_integer_sequence<int, W> Lanes;
   for (uint32_t n = 0; n < kPanel; n += W) {
@@ -30,6 +50,7 @@ inline void spread(const uint16_t* halves, float* to) {
     store(to + 2 * n + W, twice<W / 2>(factors, Lanes{}));
   }
 }
+#endif
 
 // Two vectors of one row, rounded to nearest even.
 inline void store_both(uint16_t* to, vf low, vf high) {
@@ -64,56 +85,46 @@ inline void fetch(const uint8_t* from, uint32_t bytes) {
   for (uint32_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
-// One block into bfloat16 [16][32][2]. Returns the next one.
-inline const uint8_t* expand_int4(const uint8_t* block, uint16_t* to) {
-  constexpr uint32_t kRows = 8;  // pairs of inputs that share a word
-  constexpr uint32_t kBytes = packed_block_size(kPhInt4);
+constexpr uint32_t packed_pairs(uint32_t encoding) { return encoding == kPhInt4 ? 8 : 4; }  // of inputs, in a word
+
+template <uint32_t encoding>
+inline vf code_of(vu codes, uint32_t t) {
+  return encoding == kPhInt4 ? code4(codes, t) : code8(codes, t);
+}
+
+// One block: use(pair, column, weights [W], weights [W]) for each pair of inputs in turn and all columns of outputs and
+// inputs [32 outputs][2]. Returns the next block.
+template <uint32_t encoding, class F>
+inline const uint8_t* over_weights(const uint8_t* block, F&& use) {
+  constexpr uint32_t kBytes = packed_block_size(encoding), kPairs = packed_pairs(encoding), kVectors = 2 * kPanel / W;
   fetch(block + kFetchBlocks * kBytes, kBytes);
   alignas(64) float scales[2 * kPanel], least[2 * kPanel];
   spread(reinterpret_cast<const uint16_t*>(block), scales);
-  spread(reinterpret_cast<const uint16_t*>(block) + kPanel, least);
-  block += 4 * kPanel;
-  for (uint32_t half = 0; half < 2; ++half) {
-    for (uint32_t g = 0; g < 2; ++g, block += 128) {
-      for (uint32_t e = 0; e < 32; e += 2 * W) {
-        const uint32_t column = 32 * half + e;
-        const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
-        const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
-        const vf least_low = load(least + column), least_high = load(least + column + W);
-        for (uint32_t t = 0; t < kRows; ++t)
-          store_both(to + (kRows * g + t) * 2 * kPanel + column, code4(low, t) * scale_low + least_low,
-                     code4(high, t) * scale_high + least_high);
+  if (encoding == kPhInt4) spread(reinterpret_cast<const uint16_t*>(block) + kPanel, least);
+  block += (encoding == kPhInt4 ? 4 : 2) * kPanel;
+  constexpr uint32_t kGroups = kBlock / 2 / kPairs, kHalf = kGroups * 128;  // bytes of the codes of 16 outputs
+  for (uint32_t g = 0; g < kGroups; ++g) {
+    vu codes[kVectors];
+    for (uint32_t v = 0; v < kVectors; ++v)
+      codes[v] = load_codes(block + 128 * g + v * W / 32 * kHalf + v * W % 32 * 4);
+#pragma GCC unroll 8  // a shift by a constant is one instruction
+    for (uint32_t t = 0; t < kPairs; ++t)
+      for (uint32_t v = 0; v < kVectors; v += 2) {
+        vf low = code_of<encoding>(codes[v], t) * load(scales + v * W);
+        vf high = code_of<encoding>(codes[v + 1], t) * load(scales + (v + 1) * W);
+        if (encoding == kPhInt4) low += load(least + v * W), high += load(least + (v + 1) * W);
+        use(kPairs * g + t, v * W, low, high);
       }
-    }
   }
-  return block;
+  return block + 2 * kHalf;
 }
 
-inline const uint8_t* expand_int8(const uint8_t* block, uint16_t* to) {
-  constexpr uint32_t kRows = 4;
-  constexpr uint32_t kBytes = packed_block_size(kPhInt8);
-  fetch(block + kFetchBlocks * kBytes, kBytes);
-  alignas(64) float scales[2 * kPanel];
-  spread(reinterpret_cast<const uint16_t*>(block), scales);
-  block += 2 * kPanel;
-  for (uint32_t half = 0; half < 2; ++half) {
-    for (uint32_t g = 0; g < 4; ++g, block += 128) {
-      for (uint32_t e = 0; e < 32; e += 2 * W) {
-        const uint32_t column = 32 * half + e;
-        const vu low = load_codes(block + 4 * e), high = load_codes(block + 4 * (e + W));
-        const vf scale_low = load(scales + column), scale_high = load(scales + column + W);
-        for (uint32_t t = 0; t < kRows; ++t)
-          store_both(to + (kRows * g + t) * 2 * kPanel + column, code8(low, t) * scale_low,
-                     code8(high, t) * scale_high);
-      }
-    }
-  }
-  return block;
-}
-
+// One block into bfloat16 [16][32][2]. Returns the next one.
 template <uint32_t encoding>
 inline const uint8_t* expand(const uint8_t* block, uint16_t* to) {
-  return encoding == kPhInt4 ? expand_int4(block, to) : expand_int8(block, to);
+  return over_weights<encoding>(block, [&](uint32_t pair, uint32_t column, vf low, vf high) {
+    store_both(to + pair * 2 * kPanel + column, low, high);
+  });
 }
 
 // The panels of a job, `together` of them at a time: 2 for gate and up.
@@ -145,7 +156,7 @@ class Panels {
     if (held_[i] != p) {
       const uint8_t* block = packed(p, i);
       for (uint16_t *to = kept(i), *end = to + size_t{blocks_} * kBlockValues; to != end; to += kBlockValues)
-        block = job_->weights.encoding == kPhInt4 ? expand_int4(block, to) : expand_int8(block, to);
+        block = job_->weights.encoding == kPhInt4 ? expand<kPhInt4>(block, to) : expand<kPhInt8>(block, to);
       held_[i] = p;
     }
     return kept(i);

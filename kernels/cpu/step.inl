@@ -79,6 +79,7 @@ template <class Input>
 constexpr IsaTable make_table(const char* name) {
   return {name,
           sizeof(typename Input::type),
+          0,
           linear<Input, Then::kStore>,
           linear<Input, Then::kAdd>,
           linear_gate_up<Input>,
@@ -98,7 +99,9 @@ constexpr IsaTable kFloatTable = make_table<FloatInput>(NAME);
 #ifdef BFLOAT16_DOT
 constexpr IsaTable make_bf16_table() {
   IsaTable table = make_table<Bf16Input>(NAME);
-#ifdef TILES
+#ifndef TILES
+  table.few_rows = kFewRows;
+#else
   table.linear = linear_tiles<Then::kStore>;
   table.linear_add = linear_tiles<Then::kAdd>;
   table.linear_gate_up = gate_up_tiles;

@@ -104,10 +104,10 @@ class ExecutorSettings(DevicePoolSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     runner: Literal["auto", "reference"] = Field("auto", description="reference: torch, slow, for tests")
     dtype: Dtype = Field("bfloat16", description="arithmetic of the model; float16 on CUDA, float32 on CPUs only")
-    weights: Literal["auto", "bfloat16", "int8", "int4"] = Field(
+    weights: Literal["auto", "bfloat16", "file", "int8", "int4"] = Field(
         "auto",
-        description="auto: the file's own 4- or 8-bit blocks where they are fast, which changes no token; int8: the "
-        "fastest on a CPU, with inputs of 8 bits too",
+        description="auto: the file's own 4- or 8-bit blocks where they are fast, which changes no token; file: these "
+        "alone, which is least memory; int8: the fastest on a CPU, with inputs of 8 bits too",
     )
     kv_dtype: KvDtype | None = Field(
         None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA; int8: CPUs"

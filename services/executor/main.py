@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, Final
 
 import grpc
@@ -65,7 +66,7 @@ def main(settings: ExecutorSettings) -> int:
         failpoint.arm_once(state.failpoints("executor"))
         tenure = Tenure(state, settings.hang_seconds)
         require_device(settings)
-        model = open_model(settings.model, weights=wanted_weights(settings))
+        model = open_weights(settings)
         executor = _Executor(settings, state, tenure, model)
     except (ConfigurationError, ModelError, StateDirError, failpoint.FailpointSyntaxError) as error:
         return _refuse(str(error), EXIT_CONFIG)
@@ -347,18 +348,31 @@ def require_device(settings: ExecutorSettings) -> None:
         cuda_backend.require_gpu(settings)
 
 
-def wanted_weights(settings: ExecutorSettings) -> Weights:
-    """How the model's matrices are packed. Raises ConfigurationError."""
+def open_weights(settings: ExecutorSettings) -> PackedModel:
+    """The model, packed as the settings or the machine want it. Raises ConfigurationError, ModelError."""
+    model, *compact = (open_model(settings.model, weights=weights) for weights in wanted_weights(settings))
+    if compact and compact[0].folder != model.folder:
+        return replace(model, compact=compact[0])
+    return model
+
+
+def wanted_weights(settings: ExecutorSettings) -> tuple[Weights, ...]:
+    """How the model's matrices are packed: for all steps, and maybe again for those of few tokens.
+
+    Raises ConfigurationError.
+    """
     if _on_cuda(settings) or settings.runner == "reference":
         if settings.weights not in ("auto", "bfloat16"):
             raise ConfigurationError(f"--weights {settings.weights} is for CPUs; leave it out, or set --device cpu")
-        return Weights.BFLOAT16
+        return (Weights.BFLOAT16,)
     if settings.weights != "auto":
-        return Weights(settings.weights)
-    # Blocks are expanded on the way, which is free only beside tiles: with vdpbf16ps alone 8 sequences take a seventh
-    # longer than with bfloat16.
-    has_tiles = (settings.cpu_isa or available_isas()[-1]) == "amx" and settings.dtype == "bfloat16"
-    return Weights.FILE if has_tiles else Weights.BFLOAT16
+        return (Weights(settings.weights),)
+    isa = (settings.cpu_isa or available_isas()[-1]) if settings.dtype == "bfloat16" else "any"
+    if isa == "amx":
+        return (Weights.FILE,)
+    # Blocks are expanded on the way. Beside tiles that is free; with vdpbf16ps alone it pays while reading bfloat16
+    # would take longer than multiplying, which is for few rows.
+    return (Weights.BFLOAT16, Weights.FILE) if isa == "avx512bf16" else (Weights.BFLOAT16,)
 
 
 def make_backend(

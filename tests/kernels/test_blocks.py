@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cpu.blocks import Blocks, joined, pack_blocks, pack_gate_up_blocks, round_to_int4, round_to_int8
-from kernels.cpu.native import ModelShape
+from kernels.cpu.native import ModelShape, NativeModel
 from kernels.cpu.packing import pack_gate_up, pack_linear
 from tests.kernels.test_bit_exact import LENGTH, sequence
 from tests.kernels.variants import GROUPED, WINDOWED, Pages, Variant, as_chunks, random_tensors
@@ -59,6 +61,43 @@ def test_logits_equal_those_of_the_same_values(variant: Variant, shape: ModelSha
         model.close()
     assert results[0].std() > 0.1
     np.testing.assert_array_equal(results[0].view(np.uint32), results[1].view(np.uint32))
+
+
+def in_pieces(model: NativeModel, shape: ModelShape, sizes: Iterable[int]) -> np.ndarray:
+    """The logits of the sequence, computed so many positions at a time."""
+    pages = Pages(model, shape, "bfloat16", 50, 16)
+    lane = sequence(pages)
+    borders = np.minimum(np.cumsum([0, *sizes]), LENGTH)
+    chunks = [(int(start), int(end - start)) for start, end in pairwise(borders) if start < end]
+    assert borders[-1] == LENGTH
+    return np.concatenate([model.logits(as_chunks([lane.chunk(*chunk)])) for chunk in chunks])
+
+
+@pytest.mark.parametrize("encoding", ["int4", "int8"])
+def test_few_rows_compute_what_many_do(variant: Variant, encoding: str) -> None:
+    """By blocks, or by bfloat16 and blocks for few rows where these are faster."""
+    blocks, plain = random_blocks(MIXED, encoding)
+    models = [
+        variant.model(MIXED, plain, "bfloat16"),
+        variant.model(MIXED, blocks, "bfloat16"),
+        variant.model(MIXED, plain, "bfloat16", compact=blocks),
+    ]
+    expected = in_pieces(models[0], MIXED, [LENGTH])
+    for model in models:
+        found = in_pieces(model, MIXED, [*range(1, 14), *[1] * LENGTH])
+        np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+        model.close()
+
+
+def test_blocks_are_taken_for_few_rows_where_they_are_faster(variant: Variant) -> None:
+    others = random_tensors(MIXED, seed=7)
+    model = variant.model(MIXED, random_blocks(MIXED, "int4")[1], "bfloat16", compact=others)
+    alone = variant.model(MIXED, random_blocks(MIXED, "int4")[1], "bfloat16")
+    ways = [[LENGTH], [9] * 10 + [10] * 6, [8] * LENGTH]
+    same = [np.array_equal(in_pieces(model, MIXED, way), in_pieces(alone, MIXED, way)) for way in ways]
+    assert same == [True, True, variant.isa != "avx512bf16"]
+    model.close()
+    alone.close()
 
 
 def test_more_rows_than_stay_in_the_cache(variant: Variant) -> None:

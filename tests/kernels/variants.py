@@ -77,11 +77,14 @@ class Variant:
         dtype: str,
         threads: int = 1,
         kv_dtype: str | None = None,
+        compact: dict[str, np.ndarray] | None = None,
     ) -> NativeModel:
         """kv_dtype: default: the dtype."""
         frequencies = (10000.0 ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)).astype(np.float32)
         kv_dtype = kv_dtype or dtype
-        return NativeModel(shape, tensors, frequencies, dtype, kv_dtype, threads, self.isa, self.shared_object)
+        return NativeModel(
+            shape, tensors, frequencies, dtype, kv_dtype, threads, self.isa, self.shared_object, compact=compact
+        )
 
     def attention(self, shape: ModelShape, dtype: str, kv_dtype: str, threads: int = 1) -> NativeModel:
         """A model that can only attend: no weights, no rotation."""

@@ -89,6 +89,7 @@ class PackedModel:
     add_bos_token: bool  # encode without special tokens, then put the bos token in front
     special_tokens: dict[str, str]
     chat_template: str  # empty: none
+    compact: PackedModel | None = None  # the same values in fewer bytes, for steps of few tokens
 
     @property
     def tokenizer_json(self) -> bytes:
@@ -96,12 +97,18 @@ class PackedModel:
 
     def populate(self) -> None:
         """Puts the weights into memory and into this process's page tables: a first step then faults nothing."""
+        if self.compact is not None:
+            self.compact.populate()
         mapped = self.weights.base
         assert isinstance(mapped, mmap.mmap)
         try:
             mapped.madvise(_MADV_POPULATE_READ)
         except OSError:
             mapped.madvise(mmap.MADV_WILLNEED)  # a kernel before 5.14
+
+    def views(self) -> dict[str, npt.NDArray[np.generic]]:
+        """All tensors by their names."""
+        return {name: self.view(name) for name in self.tensors}
 
     def view(self, name: str) -> npt.NDArray[np.generic]:
         """One tensor in place: float32, or uint16 for bfloat16; flat when in panels, and then int8 or uint8 for

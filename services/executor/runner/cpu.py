@@ -50,8 +50,10 @@ class CpuRunner(Runner):
             qkv_bias=spec.qkv_bias,
             qk_norm=spec.qk_norm,
         )
-        tensors = {name: model.view(name) for name in model.tensors}
-        self._native = NativeModel(shape, tensors, spec.inverse_frequencies(), dtype, kv_dtype, threads, isa)
+        compact = model.compact.views() if model.compact is not None else None
+        self._native = NativeModel(
+            shape, model.views(), spec.inverse_frequencies(), dtype, kv_dtype, threads, isa, compact=compact
+        )
         self._spec = spec
         self._kv_dtype = kv_dtype
         self._planes: Planes | None = None

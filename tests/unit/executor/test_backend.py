@@ -17,7 +17,7 @@ from services.executor import cuda_backend, main
 from services.executor.backend import Backend, ConfigurationError, HostBackend
 from services.executor.cuda_backend import CudaBackend
 from services.executor.inbox import Inbox
-from services.executor.main import make_backend, wanted_weights
+from services.executor.main import make_backend, open_weights, wanted_weights
 from services.executor.modelstore.packed import PackedModel
 from services.executor.modelstore.store import open_model
 from services.executor.shared import SharedPool
@@ -151,16 +151,29 @@ def test_the_pool_is_asked_for_on_the_device(tmp_path: Path, model: PackedModel)
 
 
 def test_blocks_are_the_default_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for isa, weights in (("portable", "bfloat16"), ("avx2", "bfloat16"), ("avx512bf16", "bfloat16"), ("amx", "file")):
+    both = ("bfloat16", "file")
+    for isa, weights in (("portable", both[:1]), ("avx2", both[:1]), ("avx512bf16", both), ("amx", both[1:])):
         assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa)) == weights
-        assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa, weights="int8")) == "int8"
+        assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa, weights="int8")) == ("int8",)
+        assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa, dtype="float32")) == both[:1]
     monkeypatch.setattr(main, "available_isas", lambda: ["portable", "avx2", "avx512bf16", "amx"])
-    assert wanted_weights(ExecutorSettings(device="cpu")) == "file"
-    assert wanted_weights(ExecutorSettings(device="cpu", dtype="float32")) == "bfloat16"
+    assert wanted_weights(ExecutorSettings(device="cpu")) == both[1:]
+
+
+def test_blocks_for_few_tokens_are_opened_where_the_file_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_tiny(TINY, tmp_path / "model")
+    wanted = ExecutorSettings(model=str(tmp_path / "model"), device="cpu", cpu_isa="avx512bf16")
+    assert open_weights(wanted).compact is None
+    monkeypatch.undo()
+    model = open_weights(wanted.model_copy(update={"model": None}))
+    assert model.compact is not None and model.compact.weights.nbytes < 0.4 * model.weights.nbytes
 
 
 @pytest.mark.parametrize("flags", [{"device": "cuda"}, {"device": "cpu", "runner": "reference"}])
 def test_blocks_are_refused_where_nothing_expands_them(flags: dict[str, str]) -> None:
-    assert wanted_weights(ExecutorSettings(**flags)) == "bfloat16"  # type: ignore[arg-type]
+    assert wanted_weights(ExecutorSettings(**flags)) == ("bfloat16",)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="--weights int4 is for CPUs"):
         wanted_weights(ExecutorSettings(weights="int4", **flags))  # type: ignore[arg-type]

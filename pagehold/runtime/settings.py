@@ -126,6 +126,12 @@ class ExecutorSettings(DevicePoolSettings):
     cpu_isa: Literal["portable", "avx2", "avx512bf16", "amx"] | None = Field(
         None, description="forces an instruction set"
     )
+    stream_interval_ms: int = Field(
+        20,
+        ge=0,
+        le=1000,
+        description="least time between two messages to a stream; first and last tokens do not wait; 0: one each step",
+    )
     step_trace: Path | None = Field(None, description="file that gets one line of JSON a step, for benchmarks")
     executor_listen: str | None = Field(
         None, description="HOST:PORT where frontends elsewhere reach it; default: only the socket in the state folder"

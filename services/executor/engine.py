@@ -76,8 +76,12 @@ class Engine:
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
         hang_seconds: float = 10.0,
+        stream_interval: float = 0.0,
     ) -> None:
-        """clock: CLOCK_MONOTONIC in seconds. hang_seconds: beyond what a turn should take."""
+        """clock: CLOCK_MONOTONIC in seconds. hang_seconds: beyond what a turn should take.
+
+        stream_interval: least seconds between two messages to a frontend, but for those that cannot wait.
+        """
         self.runner = runner
         self.scheduler = scheduler
         self.requests = requests
@@ -95,6 +99,7 @@ class Engine:
         self._send = send
         self._clock = clock
         self._hang_seconds = hang_seconds
+        self._stream_interval = stream_interval
         self._pace = Pace()
         self._began = 0.0
         self._connections: list[publisher.Connection] = []
@@ -110,7 +115,7 @@ class Engine:
             busy = self.step()
         if self._flight is not None:
             self._land()
-            publisher.publish(self._connections)
+        self._publish_all()
         self.progress.end_turn()
 
     def handle(self, events: list[Event]) -> None:
@@ -118,7 +123,7 @@ class Engine:
         for event in events:
             self._handle(event)
         # Whoever came back has what is there at once, not only after another step.
-        publisher.publish(self._connections)
+        self._publish()
 
     def step(self) -> bool:
         """One turn; whether there was anything to compute."""
@@ -130,7 +135,7 @@ class Engine:
         plan = self.scheduler.plan()
         landing, self._flight = self._flight, None
         if not plan.chunks and landing is None:
-            publisher.publish(self._connections)
+            self._publish_all()
             return False
         self._begin(plan.positions + plan.drafts + (landing.plan.positions if landing is not None else 0))
         if plan.chunks:
@@ -143,8 +148,15 @@ class Engine:
             self._commit(landing.plan, self._collect(landing))
         if late:
             self._send_all(late)
-        publisher.publish(self._connections)
+        self._publish()
         return True
+
+    def _publish(self) -> None:
+        publisher.publish(self._connections, self._clock(), self._stream_interval)
+
+    def _publish_all(self) -> None:
+        """No step comes that would send what waits."""
+        publisher.publish(self._connections, self._clock(), 0.0)
 
     def _call(self, calls: list[kv.Call]) -> list[kv.Call]:
         """Sends what may go now, in order; returns what waits for the step under way."""

@@ -231,9 +231,13 @@ class _Executor:
             loop.call_soon_threadsafe(link.send, calls)
 
         parts = (runner, scheduler, requests, frontends, pages, self._inbox, send, progress)
+        options = {
+            "hang_seconds": settings.hang_seconds,
+            "stream_interval": settings.stream_interval_ms / 1000,
+        }
         if self._trace is None:
-            return Engine(*parts, hang_seconds=settings.hang_seconds)
-        return TracedEngine(self._trace, *parts, hang_seconds=settings.hang_seconds)
+            return Engine(*parts, **options)
+        return TracedEngine(self._trace, *parts, **options)
 
     def _on_attach(self, response: kv.AttachResponse, loop: asyncio.AbstractEventLoop) -> None:
         try:

@@ -1,8 +1,10 @@
-"""Tokens to the frontends: for each connection one message a step, made from the logs.
+"""Tokens to the frontends: for each connection at most one message a step, made from the logs.
 
 There is no queue of tokens: a stream's position is a cursor over the log. A connection whose
 last messages are not yet written is left out of a step, and its cursors catch up later, so
-what is held for a slow frontend stays bounded.
+what is held for a slow frontend stays bounded. So is one whose last message was only just made:
+where a step takes less time than a reader notices, fewer messages with more tokens leave the
+processors to the steps. First tokens, ends and answers do not wait.
 """
 
 from __future__ import annotations
@@ -33,11 +35,19 @@ class Connection:
         self.streams: dict[int, Request] = {}  # by stream id; the step thread's
         self.outbox = ex.ConnectResponse()  # answers that are not tokens; the step thread's
         self.dirty: dict[Sequence, None] = {}  # have tokens or an end to send, in order
+        self.sent_at = 0.0  # the last message; the step thread's
         self.closed = False
 
     @property
     def has_room(self) -> bool:
         return self._offered - self._written < _MOST_IN_FLIGHT
+
+    @property
+    def is_urgent(self) -> bool:
+        """Somebody waits for what there is to send."""
+        return self.outbox.ByteSize() > 0 or any(
+            sequence.cursor == 0 or sequence.phase is Phase.ENDED for sequence in self.dirty
+        )
 
     def offer(self, message: ex.ConnectResponse) -> None:
         self._offered += 1
@@ -89,12 +99,18 @@ def mark(sequence: Sequence) -> None:
         connection.dirty[sequence] = None
 
 
-def publish(connections: list[Connection]) -> None:
-    """Sends each connection what its cursors have not passed yet."""
+def publish(connections: list[Connection], now: float, interval: float) -> None:
+    """Sends each connection what its cursors have not passed yet.
+
+    now, interval: seconds; what can wait goes `interval` after the last message.
+    """
     for connection in connections:
         pending = connection.dirty or connection.outbox.ByteSize()
         if connection.closed or not pending or not connection.has_room:
             continue
+        if now < connection.sent_at + interval and not connection.is_urgent:
+            continue
+        connection.sent_at = now
         message = connection.outbox
         connection.outbox = ex.ConnectResponse()
         _fill(connection, message)

@@ -13,7 +13,7 @@ from services.executor import publisher
 from services.executor.publisher import Connection
 from tests.unit.executor.checking_runner import expected
 from tests.unit.executor.test_engine import prompt_of
-from tests.unit.executor.world import Frontend, World
+from tests.unit.executor.world import Clock, Frontend, World
 
 
 class Counting(Frontend):
@@ -115,6 +115,47 @@ def test_logprobs_are_columns_of_the_same_length(world: World) -> None:
     world.submit(frontend, 3, prompt_of(3, 20), 10)
     world.run()
     assert all(tokens == logprobs for tokens, logprobs in seen) and sum(tokens for tokens, _ in seen) == 20
+
+
+@pytest.fixture
+def paced(tmp_path: Path) -> World:
+    """Messages that can wait lie 20 ms apart, and a turn takes no time."""
+    return World(tmp_path / "state", pages=400, clock=Clock(), stream_interval=0.02)
+
+
+def test_tokens_wait_for_each_other_but_not_the_first_and_the_last(paced: World) -> None:
+    frontend, clock = connect(paced), paced.clock
+    assert isinstance(clock, Clock)
+    paced.submit(frontend, 1, prompt_of(1, 20), 20)
+    while 1 not in frontend.heard or not frontend.stream(1).ended:
+        clock.now += 0.0051
+        paced.turn()
+    assert [tokens for tokens, _ in frontend.sizes if tokens] == [1, 3, 4, 4, 4, 4]
+    assert frontend.stream(1).tokens[0] == expected(prompt_of(1, 20), 20)
+
+
+def test_who_waits_for_a_first_token_takes_those_of_others_along(paced: World) -> None:
+    frontend = connect(paced)
+    paced.submit(frontend, 1, prompt_of(1, 20), 100)
+    for _ in range(10):
+        paced.turn()
+    assert len(frontend.stream(1).tokens[0]) == 1
+    paced.submit(frontend, 2, prompt_of(2, 20), 100)
+    for _ in range(10):
+        paced.turn()
+    assert len(frontend.stream(2).tokens[0]) == 1
+    assert 1 < len(frontend.stream(1).tokens[0]) < paced.sequence(1).length
+
+
+def test_no_token_waits_where_no_step_would_send_it(paced: World) -> None:
+    frontend = connect(paced)
+    paced.submit(frontend, 1, prompt_of(1, 20), 300)
+    for _ in range(5):
+        paced.turn()
+    paced.away = True
+    paced.run()
+    assert 1 < paced.sequence(1).length < 300, "it has not run out of pages"
+    assert len(frontend.stream(1).tokens[0]) == paced.sequence(1).length
 
 
 async def test_at_most_four_messages_are_on_their_way_and_room_is_told_once() -> None:

@@ -33,8 +33,8 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def world(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    def make(*parts: object) -> engine_module.Engine:
-        return TracedEngine(StepTrace(file), *parts)
+    def make(*parts: object, **options: object) -> engine_module.Engine:
+        return TracedEngine(StepTrace(file), *parts, **options)
 
     monkeypatch.setattr(world_module, "Engine", make)
     monkeypatch.setattr(trace_module, "time", Nanoseconds())

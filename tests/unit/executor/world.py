@@ -108,10 +108,12 @@ class World:
         record_ttl: float = 600.0,
         depth: int = 0,
         drafts: DraftLimits | None = None,
+        stream_interval: float = 0.0,
         **limits: int,
     ) -> None:
         """depth, drafts: the runner's."""
         self.depth = depth
+        self.stream_interval = stream_interval
         self.drafts = drafts
         self.state = StateDir.prepare(root)
         self.clock = clock
@@ -163,6 +165,7 @@ class World:
             self._send,
             Progress(self.state.progress("executor")),
             self.clock,
+            stream_interval=self.stream_interval,
         )
         self._attach()
 

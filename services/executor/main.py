@@ -231,7 +231,7 @@ class _Executor:
             loop.call_soon_threadsafe(link.send, calls)
 
         parts = (runner, scheduler, requests, frontends, pages, self._inbox, send, progress)
-        options = {
+        options: dict[str, Any] = {
             "hang_seconds": settings.hang_seconds,
             "stream_interval": settings.stream_interval_ms / 1000,
         }

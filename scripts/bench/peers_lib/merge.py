@@ -53,7 +53,7 @@ class Row:
 
     @property
     def step(self) -> float:
-        return self.figure(lambda figures: figures.between_p50)
+        return self.figure(lambda figures: figures.step)
 
     @property
     def bound(self) -> Bound | None:

@@ -64,6 +64,13 @@ class Figures:
     between_p50: float  # one message with tokens to the next of the same request
     between_p99: float
 
+    @property
+    def step(self) -> float:
+        """Seconds that a token took after the first: the mean of one request alone, for a message may bring several."""
+        if self.requests == 1 and self.tokens > 1:
+            return (self.seconds - self.first_p50) / (self.tokens - 1)
+        return self.between_p50
+
 
 class IncompleteError(Exception):
     """A request did not get all of its tokens."""

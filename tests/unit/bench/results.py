@@ -33,7 +33,7 @@ def trace(name: str, *arrivals: tuple[float, int], submitted: float = 0.0, token
 
 def figures(speed: float, first: float = 0.1, between: float = 0.01) -> Figures:
     return Figures(
-        requests=1,
+        requests=2,
         tokens=100,
         seconds=100 / speed,
         tokens_per_second=speed,

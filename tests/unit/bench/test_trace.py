@@ -38,6 +38,13 @@ def test_a_single_message_has_nothing_between() -> None:
     assert math.isnan(figures([trace("a", (1.0, 4))], {"a": 4}).between_p50)
 
 
+def test_a_step_is_a_token_however_many_come_in_a_message() -> None:
+    alone = figures([trace("a", (1.0, 1), (1.2, 4), (1.4, 4))], {"a": 9})
+    assert (alone.between_p50, alone.step) == pytest.approx((0.2, 0.05))
+    two = figures([trace("a", (1.0, 1), (1.2, 1)), trace("b", (1.0, 1), (1.2, 1))], {"a": 2, "b": 2})
+    assert two.step == pytest.approx(0.2)
+
+
 def test_less_than_wanted_is_no_figure() -> None:
     with pytest.raises(IncompleteError, match="request a got 1 tokens of 2"):
         figures([trace("a", (1.0, 1))], {"a": 2})

@@ -146,9 +146,8 @@ inline void over_blocks(const Linear* job, const Panels& panels, uint32_t first,
 // to it. A few rows over one panel, then the next rows over it, and so many rows before the next panel as stay in the
 // cache.
 template <class Input, uint32_t Together, class F>
-inline void over_tiles(const Linear* job, uint16_t* expanded, uint32_t first, uint32_t last, F&& f) {
+inline void over_tiles(const Linear* job, Panels& panels, uint32_t first, uint32_t last, F&& f) {
   typedef typename Input::type T;
-  Panels panels(job, Together, expanded);
 #ifdef BFLOAT16_DOT
   if constexpr (std::is_same_v<Input, Bf16Input>)
     if (!panels.ready() && job->rows <= kFewRows) return over_blocks<Together>(job, panels, first, last, f);
@@ -181,8 +180,8 @@ inline void add_bias(const Linear* job, uint32_t first, uint32_t last) {
 
 template <class Input, Then then>
 void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  const Panels panels(job, 1, expanded);
-  over_tiles<Input, 1>(job, expanded, first, last, [&](uint32_t row, uint32_t p, auto&& sums) {
+  Panels panels(job, 1, expanded);
+  over_tiles<Input, 1>(job, panels, first, last, [&](uint32_t row, uint32_t p, auto&& sums) {
     float* out = job->output + size_t{row} * job->output_stride + p * kPanel;
     for (uint32_t v = 0; v < kPanelVectors; ++v, out += W) {
       const vf y = Input::output(sums(0, v), job, row, panels.packed(p, 0), v * W);
@@ -194,8 +193,8 @@ void linear_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* e
 
 template <class Input, class Product>
 void gate_up_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  const Panels panels(job, 2, expanded);
-  over_tiles<Input, 2>(job, expanded, first, last, [&](uint32_t row, uint32_t p, auto&& sums) {
+  Panels panels(job, 2, expanded);
+  over_tiles<Input, 2>(job, panels, first, last, [&](uint32_t row, uint32_t p, auto&& sums) {
     Product* out = static_cast<Product*>(job->product) + size_t{row} * job->output_stride + p * kPanel;
     for (uint32_t v = 0; v < kPanelVectors; ++v, out += W) {
       const vf gate = Input::output(sums(0, v), job, row, panels.packed(p, 0), v * W);

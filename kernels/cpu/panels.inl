@@ -11,7 +11,7 @@ namespace {
 #if W == 16 && defined(__AVX512F__) && !defined(__clang__)
 typedef uint16_t halves32 __attribute__((vector_size(64)));
 
-// Of outputs [First, First + 16).
+// Of outputs [First, First + 16). Masked by nothing, as in multiply().
 template <int First, int... I>
 inline void spread_16(halves32 halves, float* to, std::integer_sequence<int, I...>) {
   const halves32 both = __builtin_shuffle(halves, (halves32){(First + I / 2)...});

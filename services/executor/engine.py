@@ -137,7 +137,10 @@ class Engine:
         if not plan.chunks and landing is None:
             self._publish_all()
             return False
-        self._begin(plan.positions + plan.drafts + (landing.plan.positions if landing is not None else 0))
+        positions = plan.positions
+        if positions > len(plan.chunks):
+            self._publish_all()  # a prompt makes the step a long one
+        self._begin(positions + plan.drafts + (landing.plan.positions if landing is not None else 0))
         if plan.chunks:
             flight = self._submit(plan)
             if self.runner.depth:
@@ -155,7 +158,7 @@ class Engine:
         publisher.publish(self._connections, self._clock(), self._stream_interval)
 
     def _publish_all(self) -> None:
-        """No step comes that would send what waits."""
+        """What waits too: no step comes soon that would send it."""
         publisher.publish(self._connections, self._clock(), 0.0)
 
     def _call(self, calls: list[kv.Call]) -> list[kv.Call]:

@@ -73,6 +73,7 @@ def attach(request: Request, connection: Connection, stream_id: int, describe: b
         fail(previous, request.stream_id, ex.FAILURE_TAKEN_OVER)
     request.connection, request.stream_id, request.describe = connection, stream_id, describe
     connection.streams[stream_id] = request
+    connection.sent_at = 0.0  # who comes, or comes back, waits for nothing
     for sequence in request.sequences:
         sequence.end_sent = False
         connection.dirty[sequence] = None

@@ -11,6 +11,7 @@ import pytest
 from pagehold.executor.v1 import executor_pb2 as ex
 from services.executor import publisher
 from services.executor.publisher import Connection
+from services.executor.runner.base import Chunk
 from tests.unit.executor.checking_runner import expected
 from tests.unit.executor.test_engine import prompt_of
 from tests.unit.executor.world import Clock, Frontend, World
@@ -156,6 +157,40 @@ def test_no_token_waits_where_no_step_would_send_it(paced: World) -> None:
     paced.run()
     assert 1 < paced.sequence(1).length < 300, "it has not run out of pages"
     assert len(frontend.stream(1).tokens[0]) == paced.sequence(1).length
+
+
+def test_no_token_waits_for_a_prompt(paced: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontend = connect(paced)
+    paced.submit(frontend, 1, prompt_of(1, 20), 100)
+    for _ in range(10):
+        paced.turn()
+    waited: list[int] = []
+    real = paced.runner.submit
+
+    def submit(chunks: list[Chunk]) -> object:
+        if any(chunk.count > 1 for chunk in chunks):
+            waited.append(paced.sequence(1).length - len(frontend.stream(1).tokens[0]))
+        return real(chunks)
+
+    monkeypatch.setattr(paced.runner, "submit", submit)
+    assert paced.sequence(1).length > len(frontend.stream(1).tokens[0])
+    paced.submit(frontend, 2, prompt_of(2, 150), 10)
+    for _ in range(10):
+        paced.turn()
+    assert len(waited) > 1 and set(waited) == {0}
+
+
+def test_who_comes_back_waits_for_nothing(paced: World) -> None:
+    frontend = connect(paced)
+    paced.submit(frontend, 1, prompt_of(1, 20), 100)
+    for _ in range(10):
+        paced.turn()
+    paced.send(frontend, detach=ex.Detach(stream_id=1, grace_ms=60_000))
+    attach = ex.Attach(stream_id=5, tenant="default", request_id="r1")
+    attach.positions.add(index=0, offset=3)
+    paced.send(frontend, attach=attach)
+    paced.engine.handle(paced.inbox.take(0))
+    assert len(frontend.stream(5).tokens[0]) == paced.sequence(1).length - 3 > 0
 
 
 async def test_at_most_four_messages_are_on_their_way_and_room_is_told_once() -> None:

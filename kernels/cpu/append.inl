@@ -17,8 +17,8 @@ inline void head_norm(float* x, const float* weight, uint32_t n, float eps) {
   over(n, [&](uint32_t i, auto as) { store(x + i, load_as(as, weight + i) * (load_as(as, x + i) * scale)); });
 }
 
-// Of a query's row in place: of its queries and, where it is written, its key.
-inline void turn(const Attention* job, const Query& query) {
+// Of a query's row in place: of a kv head's queries and, where it is written, its key.
+inline void turn(const Attention* job, uint32_t kv_head, const Query& query) {
   const PhModel* m = job->model;
   const PhLayer* layer = m->layer + job->layer;
   const uint32_t d = m->head_dim, half = d / 2, group = m->heads / m->kv_heads;
@@ -29,12 +29,12 @@ inline void turn(const Attention* job, const Query& query) {
     head_norm(x, norm, d, m->rms_norm_eps);
     rotate(x, cosine, sine, half);
   };
-  for (uint32_t g = 0; g < group; ++g) turn_head(job->kv_head * group + g, layer->q_norm);
-  if (query.write) turn_head(m->heads + job->kv_head, layer->k_norm);
+  for (uint32_t g = 0; g < group; ++g) turn_head(kv_head * group + g, layer->q_norm);
+  if (query.write) turn_head(m->heads + kv_head, layer->k_norm);
 }
 
 template <class Kv>
-inline void append_as(const Attention* job) {
+inline void append_as(const Attention* job, uint32_t kv_head) {
   constexpr uint32_t E = kWord<Kv>;
   const PhModel* m = job->model;
   const uint32_t d = m->head_dim, page_size = job->pool->page_size;
@@ -44,23 +44,25 @@ inline void append_as(const Attention* job) {
     const auto follows = [&](uint32_t i) { return job->queries[q + i].position == query.position + i; };
     together = 1;
     if (query.position % E == 0 && q + E <= job->count && query.write && follows(E - 1)) together = E;
-    for (uint32_t i = 0; i < together; ++i) turn(job, job->queries[q + i]);
+    for (uint32_t i = 0; i < together; ++i) turn(job, kv_head, job->queries[q + i]);
     if (!query.write) continue;
     const uint32_t slot = query.position % page_size;
     const uint64_t entry = job->row[query.position / page_size];
     const auto projected = [&](uint32_t i, uint32_t head) { return job->queries[q + i].projected + size_t{head} * d; };
-    const uint32_t key = m->heads + job->kv_head, value = key + m->kv_heads;
+    const uint32_t key = m->heads + kv_head, value = key + m->kv_heads;
     for (uint32_t i = 0; i < together; ++i)
-      put_key<Kv>(plane(job, entry, 0), page_size, slot + i, projected(i, key), d);
+      put_key<Kv>(plane(job, entry, 0, kv_head), page_size, slot + i, projected(i, key), d);
     const size_t stride = together == 1 ? 0 : static_cast<size_t>(projected(1, 0) - projected(0, 0));
-    put_values<Kv>(plane(job, entry, 1), page_size, slot, projected(0, value), stride, together, d);
+    put_values<Kv>(plane(job, entry, 1, kv_head), page_size, slot, projected(0, value), stride, together, d);
   }
 }
 
 void append(const Attention* job) {
-  if (job->model->kv_type == kPhKvInt8) return append_as<int8_t>(job);
-  if (job->model->kv_type == kPhKvBfloat16) return append_as<uint16_t>(job);
-  append_as<float>(job);
+  const uint32_t type = job->model->kv_type;
+  const auto use = type == kPhKvInt8       ? append_as<int8_t>
+                   : type == kPhKvBfloat16 ? append_as<uint16_t>
+                                           : append_as<float>;
+  for (uint32_t head = 0; head < job->kv_heads; ++head) use(job, job->kv_head + head);
 }
 
 }  // namespace

@@ -9,15 +9,17 @@ namespace {
 
 // --- partial results ---
 
-// Rows of a piece, as [rows] of Partial, and what they are made of.
+// Rows of a piece and a kv head, as [rows] of Partial, and what they are made of.
 struct Rows {
-  const Attention* job;
-  uint32_t group, count, stride;
-  float* sums;  // [count][stride]
-  bool empty;   // nothing was added to any
+  const Attention* job = nullptr;
+  uint32_t kv_head = 0, group = 0, count = 0, stride = 0;
+  float* sums = nullptr;  // [count][stride]
+  bool empty = true;      // nothing was added to any
 
-  Rows(const Attention* j, float* at)
+  Rows() = default;
+  Rows(const Attention* j, uint32_t head, float* at)
       : job(j),
+        kv_head(head),
         group(j->model->heads / j->model->kv_heads),
         count(j->count * group),
         stride(partial_size(j->model->head_dim)),
@@ -28,12 +30,12 @@ struct Rows {
   template <class F>
   void over(F&& f) const {
     for (uint32_t q = 0, row = 0; q < job->count; ++q)
-      for (uint32_t g = 0; g < group; ++g, ++row) f(row, job->queries[q], job->kv_head * group + g);
+      for (uint32_t g = 0; g < group; ++g, ++row) f(row, job->queries[q], kv_head * group + g);
   }
   float* end() const { return sums + size_t{count} * stride; }
   float* at(uint32_t row) const { return sums + size_t{row} * stride; }
   const Query& query(uint32_t row) const { return job->queries[row / group]; }
-  uint32_t head(uint32_t row) const { return job->kv_head * group + row % group; }
+  uint32_t head(uint32_t row) const { return kv_head * group + row % group; }
   void clear() {
     empty = true;
     memset(sums, 0, size_t{count} * stride * sizeof(float));
@@ -55,6 +57,20 @@ struct Rows {
     for (uint32_t row = 0; row < count; ++row)
       if (float* to = place(slot, row)) to[0] = -INFINITY;
   }
+};
+
+// Rows of each kv head of a piece.
+struct Heads {
+  uint32_t count;
+  Rows rows[kMostHeads];
+
+  Heads(const Attention* job, float* at) : count(job->kv_heads) {
+    for (uint32_t head = 0; head < count; ++head) {
+      rows[head] = Rows(job, job->kv_head + head, at);
+      at = rows[head].end();
+    }
+  }
+  float* end() const { return rows[count - 1].end(); }
 };
 
 // sums = sums * ours + part * theirs, but for the largest score. Not inlined: one way to round, wherever it is called.
@@ -102,27 +118,36 @@ void merge(const PhModel* m, const Query* query, const float* partials, uint32_t
 
 // --- parts one after the other ---
 
-// f(part, next): parts of the job, with the one to fetch meanwhile. memory: of gather().
+// f(head, start, part, ahead): parts of the job, each for all heads in turn, and what to fetch meanwhile. memory: of
+// gather().
 template <class Kv, class F>
-inline void over_parts(const Attention* job, float* memory, Rows* rows, F&& f) {
+inline void over_parts(const Attention* job, float* memory, Heads* heads, F&& f) {
+  const size_t plane = plane_size(job);
   Part<Kv> parts[2];
   find_part(job, job->first, parts + job->first % 2);
   for (uint32_t p = job->first; p < job->last; ++p) {
     const Attention* from = p + 1 < job->last ? job : job->following;
     if (from != nullptr) find_part(from, from == job ? p + 1 : from->first, parts + (p + 1) % 2);
     Part<Kv>&part = parts[p % 2], &next = parts[(p + (from != nullptr)) % 2];
-    if (part.seen.begin < part.seen.end) {
-      if (runs_are_cut(job)) gather(job, p * kPart, &part, memory);
-      f(p * kPart, part, next);
-      rows->empty = false;
+    Ahead<Kv> ahead(next, from != nullptr ? from->kv_heads : 0, plane, job->model->head_dim);
+    for (uint32_t head = 0; head < heads->count; ++head) {
+      Rows& rows = heads->rows[head];
+      if (part.seen.begin < part.seen.end) {
+        Part<Kv> its = part.behind(head * plane);
+        if (runs_are_cut(job)) gather(job, rows.kv_head, p * kPart, &its, memory);
+        f(head, p * kPart, its, ahead);
+        rows.empty = false;
+      }
+      if (job->leading) continue;
+      rows.keep(p - job->first);
+      rows.clear();
     }
-    if (job->leading) continue;
-    rows->keep(p - job->first);
-    rows->clear();
   }
   if (!job->leading) return;
-  rows->keep(0);
-  for (uint32_t slot = 1; slot < job->last - job->first; ++slot) rows->keep_nothing(slot);
+  for (uint32_t head = 0; head < heads->count; ++head) {
+    heads->rows[head].keep(0);
+    for (uint32_t slot = 1; slot < job->last - job->first; ++slot) heads->rows[head].keep_nothing(slot);
+  }
 }
 
 // --- one part in float ---
@@ -275,32 +300,36 @@ inline void convert_part(const Part<Kv>& part, uint32_t d, uint32_t padded, floa
 }
 
 template <class Kv>
-inline void attend_in_float(const Attention* job, Rows* rows, float* memory) {
-  const uint32_t d = job->model->head_dim, padded = pad16(d);
-  float* queries = memory;
-  float* partials = queries + size_t{rows->count} * padded;
-  float* floats = partials + kAttentionRows * rows->stride;
+inline void attend_in_float(const Attention* job, Heads* heads, float* memory) {
+  const uint32_t d = job->model->head_dim, padded = pad16(d), rows_of_head = heads->rows[0].count;
+  float* queries = memory;  // [heads][rows][padded]
+  float* partials = queries + size_t{heads->count} * rows_of_head * padded;
+  float* floats = partials + kAttentionRows * heads->rows[0].stride;
   float* gathered = floats + 2 * kPart * size_t{padded};
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  for (uint32_t row = 0; row < rows->count; ++row) {
-    const float* from = rows->query(row).projected + size_t{rows->head(row)} * d;
-    for (uint32_t i = 0; i < padded; ++i) queries[row * padded + i] = i < d ? from[i] * scale : 0.0f;
-  }
+  for (uint32_t head = 0; head < heads->count; ++head)
+    heads->rows[head].over([&](uint32_t row, const Query& query, uint32_t query_head) {
+      const float* from = query.projected + size_t{query_head} * d;
+      float* to = queries + (size_t{head} * rows_of_head + row) * padded;
+      for (uint32_t i = 0; i < padded; ++i) to[i] = i < d ? from[i] * scale : 0.0f;
+    });
   // Few rows read pages as they are; many rows are worth one conversion, as are heads that are no whole vectors.
-  const bool convert = d % W != 0 || (sizeof(Kv) < 4 && rows->count > 2 * kAttentionRows);
+  const bool convert = d % W != 0 || (sizeof(Kv) < 4 && rows_of_head > 2 * kAttentionRows);
   Part<float> converted;
   Scales taken;
   const Scales* scales = sizeof(Kv) == 1 ? &taken : nullptr;
-  over_parts<Kv>(job, gathered, rows, [&](uint32_t start, const Part<Kv>& part, const Part<Kv>& next) {
+  over_parts<Kv>(job, gathered, heads, [&](uint32_t head, uint32_t start, const Part<Kv>& part, Ahead<Kv>& ahead) {
+    const Rows& rows = heads->rows[head];
+    const Part<Kv> next = ahead.part_of(head);
     if constexpr (sizeof(Kv) == 1) take_scales(part, &taken);
     if (convert) convert_part(part, d, padded, floats, &converted);
-    in_blocks<kAttentionRows>(rows->count, [&](uint32_t row, auto count) {
+    in_blocks<kAttentionRows>(rows_of_head, [&](uint32_t row, auto count) {
       constexpr int R = decltype(count)::value;
-      const float* from = queries + size_t{row} * padded;
+      const float* from = queries + (size_t{head} * rows_of_head + row) * padded;
       if (convert) {
-        attend_rows<R>(*rows, row, start, converted, converted, scales, from, padded, padded, partials);
+        attend_rows<R>(rows, row, start, converted, converted, scales, from, padded, padded, partials);
       } else {
-        attend_rows<R>(*rows, row, start, part, next, scales, from, padded, d, partials);
+        attend_rows<R>(rows, row, start, part, next, scales, from, padded, d, partials);
       }
     });
   });

@@ -229,34 +229,36 @@ inline void combine_rows(Rows& rows, uint32_t row, const Seen* seen, uint32_t co
 
 // --- a piece of work ---
 
-inline void attend_in_bfloat16(const Attention* job, Rows* rows, float* memory) {
-  const uint32_t d = job->model->head_dim, depth = pad32(d), padded = pad16(rows->count);
+inline void attend_in_bfloat16(const Attention* job, Heads* heads, float* memory) {
+  const uint32_t d = job->model->head_dim, depth = pad32(d);
+  const uint32_t rows_of_head = heads->rows[0].count, stride = heads->rows[0].stride, padded = pad16(rows_of_head);
   const auto take = [&](size_t floats) {
     float* from = memory;
     memory += floats;
     return from;
   };
   const auto take_halves = [&](size_t count) { return reinterpret_cast<uint16_t*>(take(count / 2)); };
-  uint16_t* queries = take_halves(size_t{rows->count} * depth);
+  uint16_t* queries = take_halves(size_t{heads->count} * rows_of_head * depth);  // [heads][rows][depth]
   uint16_t* keys = take_halves(size_t{depth} * kPart);
   uint16_t* taken = take_halves(size_t{depth} * kPart);
   float* scores = take(kScoredRows * kPart);
-  uint16_t* weights = take_halves(size_t{rows->count} * kPart);
+  uint16_t* weights = take_halves(size_t{rows_of_head} * kPart);
   float *largest = take(padded), *sums = take(padded);
-  float* partials = take(size_t{kScoredRows} * rows->stride);
+  float* partials = take(size_t{kScoredRows} * stride);
   uint32_t* positions = reinterpret_cast<uint32_t*>(take(padded));
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  rows->over([&](uint32_t row, const Query& query, uint32_t head) {
-    const float* from = query.projected + size_t{head} * d;
-    uint16_t* to = queries + size_t{row} * depth;
-    over(d, [&](uint32_t i, auto as) { store_input(to + i, load_as(as, from + i)); });
-    memset(to + d, 0, (depth - d) * sizeof *to);
-    positions[row] = query.position;
-  });
+  for (uint32_t head = 0; head < heads->count; ++head)
+    heads->rows[head].over([&](uint32_t row, const Query& query, uint32_t query_head) {
+      const float* from = query.projected + size_t{query_head} * d;
+      uint16_t* to = queries + (size_t{head} * rows_of_head + row) * depth;
+      over(d, [&](uint32_t i, auto as) { store_input(to + i, load_as(as, from + i)); });
+      memset(to + d, 0, (depth - d) * sizeof *to);
+      positions[row] = query.position;
+    });
   // f(first row, rows, what they see, until where): blocks of rows that see any of a part.
   const auto over_rows = [&](uint32_t start, auto&& f) {
-    for (uint32_t row = 0; row < rows->count; row += kScoredRows) {
-      const uint32_t size = rows->count - row < kScoredRows ? rows->count - row : kScoredRows;
+    for (uint32_t row = 0; row < rows_of_head; row += kScoredRows) {
+      const uint32_t size = rows_of_head - row < kScoredRows ? rows_of_head - row : kScoredRows;
       Seen seen[kScoredRows];
       uint32_t count = 0;
       for (uint32_t r = 0; r < size; ++r) {
@@ -271,33 +273,34 @@ inline void attend_in_bfloat16(const Attention* job, Rows* rows, float* memory) 
   const auto by_softened = [&](uint32_t size, auto&& f) {
     for (uint32_t r = 0; r < size; r += kSoftenedRows) f(r, size - r < kSoftenedRows ? size - r : kSoftenedRows);
   };
-  shape_tiles(rows->count < kScoredRows ? rows->count : kScoredRows);
+  shape_tiles(rows_of_head < kScoredRows ? rows_of_head : kScoredRows);
   // All weights before any value: keys, then values stay in the first-level cache while rows go by.
-  over_parts<uint16_t>(job, memory, rows, [&](uint32_t start, const Part<uint16_t>& part, const Part<uint16_t>& next) {
-    Ahead<uint16_t> ahead(next, d);
-    const Part<uint16_t> deep = deepened(part, d, depth, keys);
-    over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      score_block(queries + size_t{row} * depth, deep, ahead, depth, scores, size, count);
-      by_softened(size, [&](uint32_t r, uint32_t some) {
-        soften_block(job->model, scores + r * kPart, seen + r, some, count, scale, ahead,
-                     weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
+  over_parts<uint16_t>(
+      job, memory, heads, [&](uint32_t head, uint32_t start, const Part<uint16_t>& part, Ahead<uint16_t>& ahead) {
+        Rows& rows = heads->rows[head];
+        const uint16_t* its_queries = queries + size_t{head} * rows_of_head * depth;
+        const Part<uint16_t> deep = deepened(part, d, depth, keys);
+        over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
+          score_block(its_queries + size_t{row} * depth, deep, ahead, depth, scores, size, count);
+          by_softened(size, [&](uint32_t r, uint32_t some) {
+            soften_block(job->model, scores + r * kPart, seen + r, some, count, scale, ahead,
+                         weights + size_t{row + r} * kPart, largest + row + r, sums + row + r);
+          });
+        });
+        const uint16_t* values[kRuns];
+        take_values(part, ahead, rows_of_head, pad32(part.seen.end), d, depth, taken, values);
+        over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
+          float* to = place_partials(rows, row, partials);
+          weigh_block(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, stride, size, count);
+          for (uint32_t r = 0; r < size; ++r) {
+            to[r * stride] = largest[row + r];
+            to[r * stride + 1] = sums[row + r];
+          }
+          by_softened(size,
+                      [&](uint32_t r, uint32_t some) { combine_rows(rows, row + r, seen + r, some, to + r * stride); });
+        });
+        if (head + 1 == heads->count) ahead.fetch_rest();
       });
-    });
-    const uint16_t* values[kRuns];
-    take_values(part, ahead, rows->count, pad32(part.seen.end), d, depth, taken, values);
-    over_rows(start, [&](uint32_t row, uint32_t size, const Seen* seen, uint32_t count) {
-      float* to = place_partials(*rows, row, partials);
-      weigh_block(weights + size_t{row} * kPart, values, ahead, depth, to + kPartialValues, rows->stride, size, count);
-      for (uint32_t r = 0; r < size; ++r) {
-        to[r * rows->stride] = largest[row + r];
-        to[r * rows->stride + 1] = sums[row + r];
-      }
-      by_softened(size, [&](uint32_t r, uint32_t some) {
-        combine_rows(*rows, row + r, seen + r, some, to + r * rows->stride);
-      });
-    });
-    ahead.fetch_rest();
-  });
 }
 
 }  // namespace

@@ -141,66 +141,76 @@ __attribute__((noinline)) void soften_digits(const PhModel* m, float* scores, co
 
 // --- a piece of work ---
 
-inline void attend_in_digits(const Attention* job, Rows* rows, float* memory) {
+inline void attend_in_digits(const Attention* job, Heads* heads, float* memory) {
   const uint32_t d = job->model->head_dim, depth = pad64(d), width = pad32(d);
+  const uint32_t rows_of_head = heads->rows[0].count, padded = pad16(rows_of_head);
   const auto take = [&](size_t floats) {
     float* from = memory;
     memory += floats;
     return from;
   };
   const auto take_codes = [&](size_t bytes) { return reinterpret_cast<int8_t*>(take(bytes / sizeof(float))); };
-  float* factors = take(pad16(rows->count));
-  int8_t* queries = take_codes(size_t{pad16(rows->count)} * 2 * depth);  // of each block [digit][rows][depth]
+  const size_t queries_size = size_t{padded} * 2 * depth;
+  float* factors = take(heads->count * padded);               // [heads][rows]
+  int8_t* queries = take_codes(heads->count * queries_size);  // of each head and block [digit][rows][depth]
   int8_t* keys = take_codes(size_t{depth} * kPart);
   int8_t* taken = take_codes(size_t{width} * kPart);
   int8_t* weights = take_codes(2 * kDigitRows * kPart);
   float* scores = take(2 * kDigitRows * kPart);
   float* sums = take(size_t{2} * kDigitRows * width);
-  float* partials = take(size_t{kDigitRows} * rows->stride);
+  float* partials = take(size_t{kDigitRows} * heads->rows[0].stride);
   Scales scales;
-  const auto rows_from = [&](uint32_t row) { return rows->count - row < kDigitRows ? rows->count - row : kDigitRows; };
+  const auto rows_from = [&](uint32_t row) {
+    return rows_of_head - row < kDigitRows ? rows_of_head - row : kDigitRows;
+  };
   const float scale = 1.0f / sqrtf(static_cast<float>(d));
-  rows->over([&](uint32_t row, const Query& query, uint32_t head) {
-    const uint32_t block = row / kDigitRows * kDigitRows;
-    int8_t* high = queries + (size_t{2} * block + row - block) * depth;
-    const float* from = query.projected + size_t{head} * d;
-    factors[row] = query_digits(from, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
-  });
+  for (uint32_t head = 0; head < heads->count; ++head)
+    heads->rows[head].over([&](uint32_t row, const Query& query, uint32_t query_head) {
+      const uint32_t block = row / kDigitRows * kDigitRows;
+      int8_t* high = queries + head * queries_size + (size_t{2} * block + row - block) * depth;
+      const float* from = query.projected + size_t{query_head} * d;
+      factors[head * padded + row] =
+          query_digits(from, d, depth, high, high + size_t{rows_from(block)} * depth) * scale;
+    });
   shape_tiles(2 * rows_from(0));
-  over_parts<int8_t>(job, memory, rows, [&](uint32_t start, const Part<int8_t>& part, const Part<int8_t>& next) {
-    Ahead<int8_t> ahead(next, d);
-    const Part<int8_t> deep = deepened(part, d, depth, keys);
-    take_scales(part, &scales);
-    const int8_t* values[kRuns] = {};
-    for (uint32_t row = 0; row < rows->count; row += kDigitRows) {
-      const uint32_t size = rows_from(row);
-      Seen seen[kDigitRows];
-      uint32_t count = 0;
-      for (uint32_t r = 0; r < size; ++r) {
-        seen[r] = seen_by(job->model, rows->query(row + r).position, start);
-        if (seen[r].begin < seen[r].end && seen[r].end > count) count = seen[r].end;
-      }
-      if (count == 0) continue;
-      count = pad64(count);
-      shape_tiles(2 * size);
-      score_block(queries + size_t{2} * row * depth, deep, ahead, depth, scores, 2 * size, count);
-      Softened softened;
-      soften_digits(job->model, scores, factors + row, scales, seen, size, count, ahead, weights, &softened);
-      if (values[0] == nullptr) take_values(part, ahead, rows->count, pad64(part.seen.end), d, width, taken, values);
-      weigh_block(weights, values, ahead, width, sums, width, 2 * size, count);
-      float* to = place_partials(*rows, row, partials);
-      for (uint32_t r = 0; r < size; ++r) {
-        float* partial = to + r * rows->stride;
-        partial[0] = softened.largest[r];
-        partial[1] = softened.sums[r];
-        for (uint32_t i = 0; i < width; i += W)
-          store(partial + kPartialValues + i,
-                load_sums(sums + r * width + i, sums + (size + r) * width + i) * softened.factors[r]);
-      }
-      combine_rows(*rows, row, seen, size, to);
-    }
-    ahead.fetch_rest();
-  });
+  over_parts<int8_t>(
+      job, memory, heads, [&](uint32_t head, uint32_t start, const Part<int8_t>& part, Ahead<int8_t>& ahead) {
+        Rows& rows = heads->rows[head];
+        const int8_t* its_queries = queries + head * queries_size;
+        const float* its_factors = factors + head * padded;
+        const Part<int8_t> deep = deepened(part, d, depth, keys);
+        take_scales(part, &scales);
+        const int8_t* values[kRuns] = {};
+        for (uint32_t row = 0; row < rows_of_head; row += kDigitRows) {
+          const uint32_t size = rows_from(row);
+          Seen seen[kDigitRows];
+          uint32_t count = 0;
+          for (uint32_t r = 0; r < size; ++r) {
+            seen[r] = seen_by(job->model, rows.query(row + r).position, start);
+            if (seen[r].begin < seen[r].end && seen[r].end > count) count = seen[r].end;
+          }
+          if (count == 0) continue;
+          count = pad64(count);
+          shape_tiles(2 * size);
+          score_block(its_queries + size_t{2} * row * depth, deep, ahead, depth, scores, 2 * size, count);
+          Softened softened;
+          soften_digits(job->model, scores, its_factors + row, scales, seen, size, count, ahead, weights, &softened);
+          if (values[0] == nullptr)
+            take_values(part, ahead, rows_of_head, pad64(part.seen.end), d, width, taken, values);
+          weigh_block(weights, values, ahead, width, sums, width, 2 * size, count);
+          float* to = place_partials(rows, row, partials);
+          for (uint32_t r = 0; r < size; ++r) {
+            float* partial = to + r * rows.stride;
+            partial[0] = softened.largest[r];
+            partial[1] = softened.sums[r];
+            for (uint32_t i = 0; i < width; i += W)
+              store(partial + kPartialValues + i,
+                    load_sums(sums + r * width + i, sums + (size + r) * width + i) * softened.factors[r]);
+          }
+          combine_rows(rows, row, seen, size, to);
+        }
+        if (head + 1 == heads->count) ahead.fetch_rest();
+      });
 }
 
 }  // namespace

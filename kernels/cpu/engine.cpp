@@ -105,34 +105,34 @@ Inputs PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, c
 }
 
 void PhEngine::attention(uint32_t index) {
-  const auto job_of = [&](const Piece& piece, uint32_t kv_head) {
-    return Attention{&model,      &pool,         piece.row, attention_plan.queries() + piece.query,
-                     piece.count, index,         kv_head,   piece.first,
-                     piece.last,  piece.leading, nullptr};
-  };
-  const uint32_t kv_heads = model.kv_heads, scratch_size = attention_scratch_floats();
   const auto& pieces = attention_plan.pieces();
   const auto& blocks = attention_plan.blocks();
   const auto& merges = attention_plan.merges();
+  const auto count = static_cast<uint32_t>(pieces.size());
+  // The heads of a page lie side by side: one thread takes them together where there are pieces enough.
+  const uint32_t most = count >= 2 * threads.used() ? heads_together(model.head_dim) : 1;
+  const uint32_t cuts = ceil_div(model.kv_heads, most), scratch_size = attention_scratch_floats();
   float* memory = scratch.get<float>(0);
+  const auto job_of = [&](const std::vector<Piece>& from, uint32_t i) {
+    const Piece& piece = from[i / cuts];
+    const uint32_t head = model.kv_heads * (i % cuts) / cuts, end = model.kv_heads * (i % cuts + 1) / cuts;
+    return Attention{&model,      &pool,      piece.row,     attention_plan.queries() + piece.query,
+                     piece.count, index,      head,          end - head,
+                     piece.first, piece.last, piece.leading, nullptr};
+  };
   if (!attention_plan.appends_alone())
-    parallel(static_cast<uint32_t>(blocks.size()) * kv_heads, [&](uint32_t i, uint32_t) {
-      const Attention job = job_of(blocks[i / kv_heads], i % kv_heads);
+    parallel(static_cast<uint32_t>(blocks.size()) * cuts, [&](uint32_t i, uint32_t) {
+      const Attention job = job_of(blocks, i);
       isa->append(&job);
     });
-  // The heads of a page lie side by side: one thread takes them in turn where there are pieces enough.
-  const auto count = static_cast<uint32_t>(pieces.size());
-  const uint32_t together = count >= 2 * threads.used() ? kv_heads : 1;
-  parallel(count * kv_heads / together, [&](uint32_t i, uint32_t thread) {
-    for (uint32_t n = i * together; n < (i + 1) * together; ++n) {
-      Attention job = job_of(pieces[n / kv_heads], n % kv_heads);
-      // Threads take pieces in turns, more or less.
-      const uint32_t after = n + 1 < (i + 1) * together ? n + 1 : (i + threads.used()) * together;
-      const Attention following = job_of(pieces[std::min(after / kv_heads, count - 1)], after % kv_heads);
-      if (after < count * kv_heads) job.following = &following;
-      if (attention_plan.appends_alone()) isa->append(&job);
-      isa->attend(&job, memory + size_t{thread} * scratch_size);
-    }
+  parallel(count * cuts, [&](uint32_t i, uint32_t thread) {
+    Attention job = job_of(pieces, i);
+    // Threads take pieces in turns, more or less.
+    const uint32_t after = std::min(i + threads.used(), count * cuts - 1);
+    const Attention following = job_of(pieces, after);
+    if (after > i) job.following = &following;
+    if (attention_plan.appends_alone()) isa->append(&job);
+    isa->attend(&job, memory + size_t{thread} * scratch_size);
   });
   parallel(static_cast<uint32_t>(merges.size()), [&](uint32_t i, uint32_t thread) {
     const Merge& merge = merges[i];

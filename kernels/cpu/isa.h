@@ -37,15 +37,16 @@ struct Query {
   float* partials;   // slots for what the piece makes of it; null when it has all that the query sees
 };
 
-// The heads of one kv head attend to parts [first, last) of a context: positions [first * kPart, last * kPart), as far
-// as a query sees them.
+// The heads of kv heads [kv_head, kv_head + kv_heads) attend to parts [first, last) of a context: positions
+// [first * kPart, last * kPart), as far as a query sees them.
 struct Attention {
   const PhModel* model;
   const PhPool* pool;
   const uint64_t* row;  // block table
   const Query* queries;
   uint32_t count;  // of queries; at most attention_queries()
-  uint32_t layer, kv_head;
+  uint32_t layer;
+  uint32_t kv_head, kv_heads;  // at most heads_together()
   uint32_t first, last;
   // What the queries see begins here: parts are combined into the first slot, the other slots stay empty.
   // Else each part has its slot.
@@ -74,7 +75,7 @@ struct IsaTable {
   // A row [n] of that type, rotated as kPhIntegers says, into codes [padded]. width: 1 for rows that are not rotated.
   // scratch: floats, [padded]. Returns the row's factor.
   float (*round_row)(const void* row, uint32_t n, uint32_t width, uint32_t padded, float* scratch, int8_t* codes);
-  // Query/key norm and rotary of the queries' rows in place, for one kv head and its queries, then K and V into the
+  // Query/key norm and rotary of the queries' rows in place, for the kv heads and their queries, then K and V into the
   // pages. The queries are neighbours in one chunk.
   void (*append)(const Attention* job);
   // Scratch: floats, at least attention_scratch() of them.
@@ -133,11 +134,18 @@ static constexpr uint32_t pad64(uint32_t n) { return (n + 63) / 64 * 64; }
 
 static constexpr uint32_t partial_size(uint32_t head_dim) { return kPartialValues + pad32(head_dim); }
 static constexpr uint32_t attention_queries(uint32_t group) { return kRowBlock > group ? kRowBlock / group : 1; }
-// Floats for any way to attend: keys and values of a part, twice; scores; queries, weights and sums of rows.
+// kv heads that one piece of work may have: a part of theirs and the next one stay in the second-level cache.
+constexpr uint32_t kMostHeads = 8, kMostDimensions = 256;
+static constexpr uint32_t heads_together(uint32_t head_dim) {
+  const uint32_t fit = kMostDimensions / head_dim;
+  return fit > kMostHeads ? kMostHeads : fit > 1 ? fit : 1;
+}
+// Floats for any way to attend: keys and values of a part, twice; scores; weights of rows; queries and sums of each
+// head's.
 static constexpr uint32_t attention_scratch(uint32_t head_dim, uint32_t group) {
   const uint32_t rows = pad16(attention_queries(group) * group);
-  return 4 * kPart * (pad32(head_dim) + 1) + 32 * kPart + 16 * partial_size(head_dim) +
-         rows * (pad32(head_dim) + partial_size(head_dim) + kPart / 2 + 4);
+  return 4 * kPart * (pad32(head_dim) + 1) + 32 * kPart + 16 * partial_size(head_dim) + rows * (kPart / 2 + 4) +
+         heads_together(head_dim) * rows * (pad32(head_dim) + partial_size(head_dim) + 1);
 }
 
 const IsaTable* portable_table(bool bfloat16_inputs);

@@ -26,12 +26,13 @@ inline size_t slot_size(const PhModel* m) {
                                  : size_t{m->head_dim} * (m->kv_type == kPhKvBfloat16 ? 2 : 4);
 }
 
+inline size_t plane_size(const Attention* job) { return job->pool->page_size * slot_size(job->model); }
+
 // Of one page, layer, half (0: keys, 1: values) and head.
-inline uint8_t* plane(const Attention* job, uint64_t entry, uint32_t half) {
+inline uint8_t* plane(const Attention* job, uint64_t entry, uint32_t half, uint32_t kv_head) {
   const PhModel* m = job->model;
   const size_t page = static_cast<uint32_t>(entry);
-  return job->pool->base + (((page * m->layers + job->layer) * 2 + half) * m->kv_heads + job->kv_head) *
-                               job->pool->page_size * slot_size(m);
+  return job->pool->base + (((page * m->layers + job->layer) * 2 + half) * m->kv_heads + kv_head) * plane_size(job);
 }
 
 inline float* scales_of(uint8_t* plane, uint32_t page_size, uint32_t d) {

@@ -49,6 +49,21 @@ struct Part {
     key_scales[run] = key_scale;
     value_scales[run] = value_scale;
   }
+  // The same of a head whose planes lie so many bytes behind.
+  Part behind(size_t bytes) const {
+    Part part = *this;
+    const auto move = [&](auto& at) {
+      at = reinterpret_cast<std::remove_reference_t<decltype(at)>>(reinterpret_cast<const uint8_t*>(at) + bytes);
+    };
+    for (uint32_t run = 0; run < kRuns; ++run) {
+      move(part.keys[run]);
+      move(part.values[run]);
+      if (sizeof(Kv) > 1) continue;
+      move(part.key_scales[run]);
+      move(part.value_scales[run]);
+    }
+    return part;
+  }
   // To be called when all that are seen have their place.
   void fill() {
     for (uint32_t run = 0; run < kRuns; ++run)
@@ -59,49 +74,61 @@ struct Part {
 constexpr uint32_t kFetched = 16;  // lines that are fetched at once
 
 // A part that comes next, fetched some lines at a time between steps of the work on another. A core has few lines under
-// way (16 in a Xeon): many that are asked for at once hold up what follows, and memory idles after that.
+// way (16 in a Xeon): many that are asked for at once hold up what follows, and memory idles after that. All heads of a
+// run together, as they lie: short pieces from here and there come at half the rate.
 template <class Kv>
 class Ahead {
  public:
-  Ahead(const Part<Kv>& part, uint32_t d) : part_(part), lines_(d / kWord<Kv>) { begin(0, part.first); }
+  // part: of the first of `heads`, whose planes lie `plane` bytes apart; of none nothing is fetched.
+  Ahead(const Part<Kv>& part, uint32_t heads, size_t plane, uint32_t d)
+      : part_(part), heads_(heads), plane_(plane), lines_(d / kWord<Kv>), run_(heads > 0 ? part.first : part.last) {
+    begin();
+  }
 
   // At most so many lines.
   void fetch(uint32_t lines) {
-    if (half_ == 2) return;
     const uint32_t count = left_ < lines ? left_ : lines;
     for (uint32_t i = 0; i < count; ++i) __builtin_prefetch(at_ + i * stride_, 0, 2);
     at_ += count * stride_;
     left_ -= count;
-    if (left_ > 0) return;
-    if (run_ + 1 < part_.last) return begin(half_, run_ + 1);
-    begin(half_ + 1, part_.first);
+    if (left_ > 0 || run_ == part_.last) return;
+    if (++head_ == heads_) {
+      head_ = 0;
+      half_ = 1 - half_;
+      run_ += half_ == 0;
+    }
+    begin();
   }
   void fetch_rest() {
-    while (half_ != 2) fetch(kFetched);
+    while (left_ > 0) fetch(kFetched);
   }
+  // What the head does next.
+  Part<Kv> part_of(uint32_t head) const { return part_.behind(head * plane_); }
 
  private:
-  // half: 0 keys, 1 values, 2 nothing more.
-  void begin(uint32_t half, uint32_t run) {
-    half_ = half;
-    run_ = run;
+  void begin() {
+    if (run_ == part_.last) return;
     left_ = lines_;
-    if (half == 2) return;
-    at_ = reinterpret_cast<const char*>((half == 0 ? part_.keys : part_.values)[run]);
-    stride_ = half == 0 ? size_t{part_.stride} * 4 : 64;
-    if (sizeof(Kv) == 1) __builtin_prefetch((half == 0 ? part_.key_scales : part_.value_scales)[run], 0, 2);
+    at_ = reinterpret_cast<const char*>((half_ == 0 ? part_.keys : part_.values)[run_]) + head_ * plane_;
+    stride_ = half_ == 0 ? size_t{part_.stride} * 4 : 64;
+    if (sizeof(Kv) > 1) return;
+    const float* scales = (half_ == 0 ? part_.key_scales : part_.value_scales)[run_];
+    __builtin_prefetch(reinterpret_cast<const char*>(scales) + head_ * plane_, 0, 2);
   }
 
   const Part<Kv>& part_;
-  const uint32_t lines_;  // of a run's keys, and of its values
-  uint32_t half_, run_, left_;
-  const char* at_;
-  size_t stride_;
+  const uint32_t heads_;
+  const size_t plane_;
+  const uint32_t lines_;                           // of a run's keys, and of its values
+  uint32_t run_, half_ = 0, head_ = 0, left_ = 0;  // half: 0 keys, 1 values
+  const char* at_ = nullptr;
+  size_t stride_ = 0;
 };
 
 // A run may lie in two pages.
 inline bool runs_are_cut(const Attention* job) { return job->pool->page_size % kRun != 0; }
 
+// Of the first head.
 template <class Kv>
 inline void find_part(const Attention* job, uint32_t part, Part<Kv>* found) {
   const uint32_t page_size = job->pool->page_size, d = job->model->head_dim, start = part * kPart;
@@ -121,7 +148,7 @@ inline void find_part(const Attention* job, uint32_t part, Part<Kv>* found) {
   for (uint32_t run = found->first; run < found->last;) {
     const uint32_t position = start + run * kRun;
     const uint64_t entry = job->row[position / page_size];
-    uint8_t *key = plane(job, entry, 0), *value = plane(job, entry, 1);
+    uint8_t *key = plane(job, entry, 0, job->kv_head), *value = plane(job, entry, 1, job->kv_head);
     const float *key_scales = scales_of(key, page_size, d), *value_scales = scales_of(value, page_size, d);
     for (uint32_t slot = position % page_size; slot < page_size && run < found->last; slot += kRun, ++run)
       found->place(run, reinterpret_cast<Kv*>(key) + slot * kWord<Kv>, reinterpret_cast<Kv*>(value) + size_t{slot} * d,
@@ -130,9 +157,10 @@ inline void find_part(const Attention* job, uint32_t part, Part<Kv>* found) {
   found->fill();
 }
 
-// Copies a part whose runs may be cut, as if it were one page of kPart positions: 2 kPart (d + 1) floats at most.
+// Copies a head's part whose runs may be cut, as if it were one page of kPart positions: 2 kPart (d + 1) floats at
+// most.
 template <class Kv>
-inline void gather(const Attention* job, uint32_t start, Part<Kv>* part, float* memory) {
+inline void gather(const Attention* job, uint32_t kv_head, uint32_t start, Part<Kv>* part, float* memory) {
   constexpr uint32_t E = kWord<Kv>;
   const uint32_t page_size = job->pool->page_size, d = job->model->head_dim;
   Kv* keys = reinterpret_cast<Kv*>(memory);
@@ -142,7 +170,7 @@ inline void gather(const Attention* job, uint32_t start, Part<Kv>* part, float* 
     const uint32_t slot = (start + t) % page_size, left = (part->seen.end - t + E - 1) / E * E;
     const uint32_t count = left < page_size - slot ? left : page_size - slot;
     const uint64_t entry = job->row[(start + t) / page_size];
-    uint8_t *key = plane(job, entry, 0), *value = plane(job, entry, 1);
+    uint8_t *key = plane(job, entry, 0, kv_head), *value = plane(job, entry, 1, kv_head);
     for (uint32_t i = 0; i < d; i += E)
       memcpy(keys + size_t{i} * kPart + t * E, reinterpret_cast<Kv*>(key) + size_t{i} * page_size + slot * E,
              size_t{count} * 4);

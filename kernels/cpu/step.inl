@@ -47,26 +47,27 @@
 namespace {
 
 template <class Input>
-void attend_to_parts(const Attention* job, Rows* rows, float* memory) {
+void attend_to_parts(const Attention* job, Heads* heads, float* memory) {
   const uint32_t type = job->model->kv_type;
 #ifdef BFLOAT16_DOT
   if constexpr (sizeof(typename Input::type) == 2) {
-    if (type == kPhKvInt8) return attend_in_digits(job, rows, memory);
-    if (type == kPhKvBfloat16) return attend_in_bfloat16(job, rows, memory);
+    if (type == kPhKvInt8) return attend_in_digits(job, heads, memory);
+    if (type == kPhKvBfloat16) return attend_in_bfloat16(job, heads, memory);
   }
 #endif
-  if (type == kPhKvInt8) return attend_in_float<int8_t>(job, rows, memory);
-  if (type == kPhKvBfloat16) return attend_in_float<uint16_t>(job, rows, memory);
-  attend_in_float<float>(job, rows, memory);
+  if (type == kPhKvInt8) return attend_in_float<int8_t>(job, heads, memory);
+  if (type == kPhKvBfloat16) return attend_in_float<uint16_t>(job, heads, memory);
+  attend_in_float<float>(job, heads, memory);
 }
 
 template <class Input>
 void attend(const Attention* job, float* memory) {
-  Rows rows(job, memory);
-  attend_to_parts<Input>(job, &rows, rows.end());
-  rows.over([&](uint32_t row, const Query& query, uint32_t head) {
-    if (query.partials == nullptr) finish<Input>(job->model, query, head, rows.at(row));
-  });
+  Heads heads(job, memory);
+  attend_to_parts<Input>(job, &heads, heads.end());
+  for (uint32_t i = 0; i < heads.count; ++i)
+    heads.rows[i].over([&](uint32_t row, const Query& query, uint32_t head) {
+      if (query.partials == nullptr) finish<Input>(job->model, query, head, heads.rows[i].at(row));
+    });
 }
 
 inline void rest() {

@@ -104,25 +104,32 @@ class Scheduler:
             sequences.append(sequence)
             chunks.append(Chunk(sequence.lane, sequence.computed, count, sequence.computed, samples))
             budget -= count
-        room = self.drafts.room(self.max_batch_tokens - budget) if self.drafts is not None else 0
-        drafts = min(self._draft(sequences[:decodes], chunks), room) if room else 0
+        drafts = self._draft(sequences[:decodes], chunks, self.max_batch_tokens - budget)
         return Plan(sequences, chunks, drafts)
 
-    def _draft(self, decodes: list[Sequence], chunks: list[Chunk]) -> int:
-        """Says how many drafts each of the decodes may have, whose chunks come first; the sum."""
-        assert self.drafts is not None
-        each, wanted = self.drafts.each, 0
+    def _draft(self, decodes: list[Sequence], chunks: list[Chunk], positions: int) -> int:
+        """Says how many drafts each of the decodes may have, whose chunks come first; how many all have at most."""
+        if self.drafts is None:
+            return 0
+        each, room = self.drafts.each, self.drafts.room(positions)
+        left = room or self.drafts.granted - positions
+        wanted = 0
+        if left <= 0:
+            return 0
         for number, sequence in enumerate(decodes):
             known, drafting = sequence.known, sequence.drafting
             if known < drafting.resumes_at:
                 continue
+            likely = each if room else drafting.likely or known >= drafting.probes_at
             # Within the row; and the token after the last of them still has its place in the log.
-            most = min(drafting.allowed, each, sequence.capacity - known, sequence.limit - known)
+            most = min(drafting.allowed, each, likely, left, sequence.capacity - known, sequence.limit - known)
             if most > 0:
                 lane, start, count, write_from, sample, _ = chunks[number]
                 chunks[number] = Chunk(lane, start, count, write_from, sample, most)
                 wanted += most
-        return wanted
+                if not room:
+                    left -= most
+        return min(wanted, room) if room else wanted
 
     def admissible(self) -> int:
         """How many more sequences may get a row."""

@@ -83,18 +83,27 @@ class StepResult(NamedTuple):
 
 
 class DraftLimits(NamedTuple):
-    """How many drafts pay on a device, for what a position costs depends on how many there are in the step."""
+    """How many drafts pay on a device, for what a position costs depends on how many there are in the step.
+
+    Up to `rows` one more costs little: chunks share that room, whoever finds drafts. Beyond, each draft has to earn
+    its own row: chunks are granted so many as are likely to be right, and use no more.
+    """
 
     each: int  # behind one chunk
     rows: int  # a step of few positions may grow to so many
+    granted: int = 0  # where there is no room, to so many
 
     def room(self, positions: int) -> int:
-        """How many drafts a step of so many positions may have: fewer, the less it costs to do without them."""
-        return max(self.rows - 2 * positions, 0)
+        """How many drafts the chunks of so many positions share: fewer, the less it costs to do without them.
+
+        0: they have what each was granted.
+        """
+        room = self.rows - 2 * positions
+        return room if room >= 2 * positions else 0
 
     def within(self, max_batch_tokens: int) -> DraftLimits:
         """The same for steps of so many positions at most."""
-        return self._replace(rows=min(self.rows, max_batch_tokens))
+        return self._replace(rows=min(self.rows, max_batch_tokens), granted=min(self.granted, max_batch_tokens))
 
 
 class Runner(ABC):

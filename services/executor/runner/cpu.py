@@ -14,8 +14,9 @@ from services.executor.modelstore.packed import PackedModel
 from services.executor.runner.base import Chunk, DraftLimits, Drafts, Lane, Runner, StepResult
 
 _MOST_DRAFTS: Final = 15
-# Rows up to which one more costs little beside the weights, which are read once for all of them.
-_ROWS: Final = {"portable": 4, "avx2": 12, "avx512bf16": 12, "amx": 64}
+# Rows up to which one more costs little beside the weights, which are read once for all of them; and those up to which
+# one still costs less than a token does without drafts, because tokens wait for keys, values and joins too.
+_ROWS: Final = {"portable": (4, 0), "avx2": (12, 0), "avx512bf16": (12, 96), "amx": (64, 128)}
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class CpuRunner(Runner):
         self._planes: Planes | None = None
         self.isa = self._native.isa
         isa = "avx512bf16" if self.isa == "amx" and dtype != "bfloat16" else self.isa  # tiles multiply bfloat16
-        self.drafts = DraftLimits(_MOST_DRAFTS, _ROWS[isa])
+        self.drafts = DraftLimits(_MOST_DRAFTS, *_ROWS[isa])
 
     def map_pool(self, pool: memoryview, pages: int, page_size: int) -> None:
         spec = self._spec
@@ -100,7 +101,8 @@ class CpuRunner(Runner):
         tried = np.array([chunk.drafts for chunk in chunks], np.uint32)
         total = 0
         if self.drafts is not None and tried.any():
-            total = self._native.draft(array, tried, self.drafts.room(int(array["count"].sum())))
+            room = self.drafts.room(int(array["count"].sum())) or int(tried.sum())
+            total = self._native.draft(array, tried, room)
         if not total:
             self._native.step(array, tokens, logprobs)
             return StepResult(tokens, logprobs)

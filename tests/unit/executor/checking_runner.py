@@ -70,7 +70,9 @@ class CheckingRunner(Runner):
 
     def _draft(self, chunks: list[Chunk]) -> list[int]:
         """Drafts into the lanes; how many each chunk has got."""
-        room = self.drafts.room(sum(chunk.count for chunk in chunks)) if self.drafts is not None else 0
+        positions = sum(chunk.count for chunk in chunks)
+        granted = sum(chunk.drafts for chunk in chunks)
+        room = (self.drafts.room(positions) or granted) if self.drafts is not None else 0
         tried = []
         for lane, start, count, _, sample, most in chunks:
             assert most == 0 or (sample and count == 1)

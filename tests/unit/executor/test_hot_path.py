@@ -29,13 +29,13 @@ class Sink(Frontend):
         self.last = len(message.tokens.token_ids)
 
 
-@pytest.mark.parametrize("rows", [0, 64, 2048])
+@pytest.mark.parametrize(("rows", "granted"), [(0, 0), (64, 0), (2048, 0), (0, 2048)])
 def test_a_step_calls_few_functions_for_each_sequence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, granted: int
 ) -> None:
-    """rows: of a runner that drafts; too few for drafts behind so many, and enough for some behind all."""
+    """Of a runner that drafts: too few for drafts behind so many, and enough for some behind all."""
     monkeypatch.setattr(world_module, "CheckingRunner", NoModel)
-    drafts = DraftLimits(15, rows) if rows else None
+    drafts = DraftLimits(15, rows, granted) if rows or granted else None
     world = World(tmp_path / "state", SEQUENCES * 24, drafts=drafts, max_num_seqs=SEQUENCES, max_batch_tokens=2048)
     sink = Sink()
     world.inbox.put(Connected(sink))

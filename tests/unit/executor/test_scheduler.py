@@ -203,16 +203,31 @@ def test_drafts_stay_in_the_row_and_in_what_it_can_come_to_need() -> None:
 def test_there_are_fewer_drafts_the_more_positions_there_are() -> None:
     decodes = [make(number, computed=29, known=30) for number in range(12)]
     assert drafts(*decodes[:2]) == ([6] * 2, 12)
-    assert drafts(*decodes[:6]) == ([6] * 6, 20 - 2 * 6)  # the runner shares them out
-    assert drafts(*decodes[:9]) == ([6] * 9, 2)
-    assert drafts(*decodes[:10]) == ([0] * 10, 0)
-    assert drafts(make(20, prompt=5), *decodes[:2]) == ([6, 6, 0], 6)
-    assert drafts(make(20, prompt=8), *decodes[:2]) == ([0, 0, 0], 0)
+    assert drafts(*decodes[:4]) == ([6] * 4, 20 - 2 * 4)  # the runner shares them out
+    assert drafts(*decodes[:5]) == ([6] * 5, 10)
+    assert drafts(*decodes[:6]) == ([0] * 6, 0)
+    assert drafts(make(20, prompt=3), *decodes[:2]) == ([6, 6, 0], 10)
+    assert drafts(make(20, prompt=4), *decodes[:2]) == ([0, 0, 0], 0)
+
+
+def test_where_there_is_no_room_drafts_are_granted_to_those_that_are_likely_right() -> None:
+    limits = DraftLimits(each=6, rows=0, granted=12)
+    decodes = [make(number, computed=29, known=30) for number in range(4)]
+    for sequence, likely in zip(decodes, (9, 0, 3, 2), strict=True):
+        sequence.drafting.likely, sequence.drafting.probes_at = likely, 31
+    assert drafts(*decodes, limits=limits) == ([6, 0, 2, 0], 8)  # with their positions the twelve
+    assert drafts(*decodes[1:], limits=limits) == ([0, 3, 2], 5)
+    assert drafts(*decodes[1:], allowed=1, limits=limits) == ([0, 1, 1], 2)
+    decodes[1].drafting.probes_at = 30
+    assert drafts(*decodes[1:], limits=limits) == ([1, 3, 2], 6)
+    assert drafts(make(20, prompt=10), *decodes[1:], limits=limits)[1] == 0
+    assert drafts(make(20, prompt=8), *decodes[2:], limits=limits) == ([2, 0, 0], 2)
 
 
 def test_a_step_with_drafts_is_within_its_tokens() -> None:
     with pytest.raises(AssertionError):
         Scheduler(PAGE_SIZE, 8, 16, 32, DraftLimits(each=6, rows=17))
     for tokens in range(16, 80):
-        limits = DraftLimits(each=15, rows=64).within(tokens)
+        limits = DraftLimits(each=15, rows=64, granted=96).within(tokens)
+        assert limits.granted <= tokens
         assert all(positions + limits.room(positions) <= tokens for positions in range(1, tokens + 1))

@@ -51,7 +51,7 @@ _STEP_SECONDS = (0.0005, 0.004)
 _IDLE_SECONDS = 1.0
 _PAGE_BYTES = 2 * 32 * SHAPE.page_size * 2  # one layer, one head of 32, bfloat16
 
-_DRAFTS: Final = DraftLimits(each=5, rows=16)
+_DRAFTS: Final = DraftLimits(each=5, rows=16, granted=24)
 
 Hit = Callable[[str], None]
 

@@ -39,8 +39,8 @@ class Scheduler:
         park_after: int,
         drafts: DraftLimits | None = None,
     ) -> None:
-        """drafts: the runner's; a step with drafts is within `max_batch_tokens`, for `drafts.rows` is."""
-        assert drafts is None or drafts.rows <= max_batch_tokens
+        """drafts: the runner's; a step with drafts is within `max_batch_tokens`, for what they allow is."""
+        assert drafts is None or max(drafts.rows, drafts.granted) <= max_batch_tokens
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens

@@ -63,10 +63,13 @@ class Figures:
     first_p99: float
     between_p50: float  # one message with tokens to the next of the same request
     between_p99: float
+    token_p50: float = math.nan  # that time over the tokens of the later message, token by token; not in old reports
 
     @property
     def step(self) -> float:
-        """Seconds that a token took after the first: the mean of one request alone, for a message may bring several."""
+        """Seconds that a token took after the first, however many came in a message."""
+        if not math.isnan(self.token_p50):
+            return self.token_p50
         if self.requests == 1 and self.tokens > 1:
             return (self.seconds - self.first_p50) / (self.tokens - 1)
         return self.between_p50
@@ -107,7 +110,9 @@ def figures(traces: Sequence[Trace], wanted: dict[str, int]) -> Figures:
     tokens = sum(len(trace.token_ids) for trace in traces)
     seconds = max(trace.arrivals[-1].at for trace in traces) - min(trace.submitted for trace in traces)
     first = [trace.arrivals[0].at - trace.submitted for trace in traces]
-    between = [later.at - earlier.at for trace in traces for earlier, later in pairwise(trace.arrivals)]
+    pairs = [pair for trace in traces for pair in pairwise(trace.arrivals)]
+    between = [later.at - earlier.at for earlier, later in pairs]
+    shares = [(later.at - earlier.at) / later.tokens for earlier, later in pairs for _ in range(later.tokens)]
     return Figures(
         requests=len(traces),
         tokens=tokens,
@@ -117,6 +122,7 @@ def figures(traces: Sequence[Trace], wanted: dict[str, int]) -> Figures:
         first_p99=percentile(first, 99),
         between_p50=percentile(between, 50),
         between_p99=percentile(between, 99),
+        token_p50=percentile(shares, 50),
     )
 
 

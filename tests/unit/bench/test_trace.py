@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,11 @@ def test_a_single_message_has_nothing_between() -> None:
 def test_a_step_is_a_token_however_many_come_in_a_message() -> None:
     alone = figures([trace("a", (1.0, 1), (1.2, 4), (1.4, 4))], {"a": 9})
     assert (alone.between_p50, alone.step) == pytest.approx((0.2, 0.05))
-    two = figures([trace("a", (1.0, 1), (1.2, 1)), trace("b", (1.0, 1), (1.2, 1))], {"a": 2, "b": 2})
-    assert two.step == pytest.approx(0.2)
+    two = figures([trace("a", (1.0, 1), (1.2, 2)), trace("b", (1.0, 1), (1.3, 1), (1.5, 2))], {"a": 3, "b": 4})
+    assert (two.between_p50, two.step) == pytest.approx((0.2, 0.1))
+    old = replace(two, token_p50=math.nan)
+    assert old.step == old.between_p50
+    assert replace(old, requests=1, first_p50=0.1, seconds=0.7).step == pytest.approx(0.1)  # of seven tokens
 
 
 def test_less_than_wanted_is_no_figure() -> None:

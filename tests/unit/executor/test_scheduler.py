@@ -227,6 +227,8 @@ def test_where_there_is_no_room_drafts_are_granted_to_those_that_are_likely_righ
 def test_a_step_with_drafts_is_within_its_tokens() -> None:
     with pytest.raises(AssertionError):
         Scheduler(PAGE_SIZE, 8, 16, 32, DraftLimits(each=6, rows=17))
+    with pytest.raises(AssertionError):
+        Scheduler(PAGE_SIZE, 8, 16, 32, DraftLimits(each=6, rows=8, granted=17))
     for tokens in range(16, 80):
         limits = DraftLimits(each=15, rows=64, granted=96).within(tokens)
         assert limits.granted <= tokens

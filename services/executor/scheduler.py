@@ -112,7 +112,7 @@ class Scheduler:
         if self.drafts is None:
             return 0
         each, room = self.drafts.each, self.drafts.room(positions)
-        left = room or self.drafts.granted - positions
+        left = each if room else self.drafts.granted - positions  # of what is granted, not of what is shared
         wanted = 0
         if left <= 0:
             return 0
@@ -129,7 +129,7 @@ class Scheduler:
                 wanted += most
                 if not room:
                     left -= most
-        return min(wanted, room) if room else wanted
+        return self.drafts.most(positions, wanted)
 
     def admissible(self) -> int:
         """How many more sequences may get a row."""

@@ -96,10 +96,14 @@ class DraftLimits(NamedTuple):
     def room(self, positions: int) -> int:
         """How many drafts the chunks of so many positions share: fewer, the less it costs to do without them.
 
-        0: they have what each was granted.
+        0: they have what each was granted, which is worth more than a draft or so for each.
         """
-        room = self.rows - 2 * positions
-        return room if room >= 2 * positions else 0
+        room = max(self.rows - 2 * positions, 0)
+        return 0 if self.granted and room < 2 * positions else room
+
+    def most(self, positions: int, asked: int) -> int:
+        """How many drafts a step of so many positions has at most, where its chunks ask for so many in all."""
+        return min(self.room(positions) or asked, asked)
 
     def within(self, max_batch_tokens: int) -> DraftLimits:
         """The same for steps of so many positions at most."""

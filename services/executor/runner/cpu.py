@@ -101,8 +101,8 @@ class CpuRunner(Runner):
         tried = np.array([chunk.drafts for chunk in chunks], np.uint32)
         total = 0
         if self.drafts is not None and tried.any():
-            room = self.drafts.room(int(array["count"].sum())) or int(tried.sum())
-            total = self._native.draft(array, tried, room)
+            most = self.drafts.most(int(array["count"].sum()), int(tried.sum()))
+            total = self._native.draft(array, tried, most)
         if not total:
             self._native.step(array, tokens, logprobs)
             return StepResult(tokens, logprobs)

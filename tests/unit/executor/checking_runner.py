@@ -71,8 +71,8 @@ class CheckingRunner(Runner):
     def _draft(self, chunks: list[Chunk]) -> list[int]:
         """Drafts into the lanes; how many each chunk has got."""
         positions = sum(chunk.count for chunk in chunks)
-        granted = sum(chunk.drafts for chunk in chunks)
-        room = (self.drafts.room(positions) or granted) if self.drafts is not None else 0
+        asked = sum(chunk.drafts for chunk in chunks)
+        room = self.drafts.most(positions, asked) if self.drafts is not None else 0
         tried = []
         for lane, start, count, _, sample, most in chunks:
             assert most == 0 or (sample and count == 1)

@@ -203,11 +203,20 @@ def test_drafts_stay_in_the_row_and_in_what_it_can_come_to_need() -> None:
 def test_there_are_fewer_drafts_the_more_positions_there_are() -> None:
     decodes = [make(number, computed=29, known=30) for number in range(12)]
     assert drafts(*decodes[:2]) == ([6] * 2, 12)
-    assert drafts(*decodes[:4]) == ([6] * 4, 20 - 2 * 4)  # the runner shares them out
-    assert drafts(*decodes[:5]) == ([6] * 5, 10)
-    assert drafts(*decodes[:6]) == ([0] * 6, 0)
-    assert drafts(make(20, prompt=3), *decodes[:2]) == ([6, 6, 0], 10)
-    assert drafts(make(20, prompt=4), *decodes[:2]) == ([0, 0, 0], 0)
+    assert drafts(*decodes[:6]) == ([6] * 6, 20 - 2 * 6)  # the runner shares them out
+    assert drafts(*decodes[:9]) == ([6] * 9, 2)
+    assert drafts(*decodes[:10]) == ([0] * 10, 0)
+    assert drafts(make(20, prompt=5), *decodes[:2]) == ([6, 6, 0], 6)
+    assert drafts(make(20, prompt=8), *decodes[:2]) == ([0, 0, 0], 0)
+
+
+def test_room_for_few_each_gives_way_to_what_is_granted() -> None:
+    limits = LIMITS._replace(granted=30)
+    decodes = [make(number, computed=29, known=30) for number in range(6)]
+    for sequence in decodes:
+        sequence.drafting.likely = 3
+    assert drafts(*decodes[:5], limits=limits) == ([6] * 5, 10)
+    assert drafts(*decodes, limits=limits) == ([3] * 6, 18)
 
 
 def test_where_there_is_no_room_drafts_are_granted_to_those_that_are_likely_right() -> None:

@@ -85,8 +85,8 @@ class ModelRunner(Runner):
     def _compute(self, step: Step) -> StepResult:
         tokens, tried, right = (np.zeros(len(step), np.uint32) for _ in range(3))
         positions = sum(work.chunk.count for work in step)
-        granted = sum(work.chunk.drafts for work in step)
-        room = (self.drafts.room(positions) or granted) if self.drafts is not None else 0
+        asked = sum(work.chunk.drafts for work in step)
+        room = self.drafts.most(positions, asked) if self.drafts is not None else 0
         of_drafts: list[float] = []
         for number, (chunk, row, lane_vectors) in enumerate(step):
             lane, end = chunk.lane, chunk.start + chunk.count

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 from pathlib import Path
 
@@ -15,11 +17,17 @@ EMULATED = ("avx512bf16", "amx")
 
 @pytest.fixture(scope="session")
 def emulated_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The build folder of the library with PAGEHOLD_EMULATE; the library itself lies in it."""
-    build = tmp_path_factory.mktemp("emulated")
+    """The build folder of the library with PAGEHOLD_EMULATE; the library itself lies in it. Workers share it: the
+    others find nothing left to build.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    build = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulated"
+    build.mkdir(exist_ok=True)
     options = ("-DPAGEHOLD_EMULATE=ON", f"-DPAGEHOLD_OUTPUT_DIR={build}")
-    subprocess.run(["cmake", "-S", SOURCE, "-B", build, *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build, "--parallel", "2"], check=True, capture_output=True)
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["cmake", "-S", SOURCE, "-B", build, *options], check=True, capture_output=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", "2"], check=True, capture_output=True)
     return build
 
 

@@ -2,15 +2,23 @@
 #pragma once
 #include <stdint.h>
 
-#define PAGEHOLD_ABI_VERSION 8u
+#define PAGEHOLD_ABI_VERSION 9u
 
 #define PAGEHOLD_API __attribute__((visibility("default")))
 
 extern "C" {
 
 // How the weights of a linear lie in memory. kPhBfloat16 (packing.py), kPhInt8 and kPhInt4 (blocks.py) are multiplied
-// as bfloat16; kPhIntegers (integers.py) by inputs that are rounded to 8 bits, those of `down` rotated before.
-enum PhEncoding : uint32_t { kPhBfloat16 = 0, kPhInt8 = 1, kPhInt4 = 2, kPhIntegers = 3 };
+// as bfloat16; kPhIntegers (integers.py) by inputs that are rounded to 8 bits, those of `down` rotated before; blocks
+// of integers (integer_blocks.py) by inputs that are rounded to 8 bits, 32 at a time.
+enum PhEncoding : uint32_t {
+  kPhBfloat16 = 0,
+  kPhInt8 = 1,
+  kPhInt4 = 2,
+  kPhIntegers = 3,
+  kPhIntegerBlocks8 = 4,
+  kPhIntegerBlocks4 = 5,
+};
 
 // What pages hold, in the order of pages.inl; int8 with a float for each slot, its scale.
 enum PhKvType : uint32_t { kPhKvFloat32 = 0, kPhKvBfloat16 = 1, kPhKvInt8 = 2 };

@@ -107,29 +107,30 @@ def _divide(blocks: npt.NDArray[np.float32], scales: Float16) -> npt.NDArray[np.
     return np.divide(blocks, wide, out=np.zeros_like(blocks), where=wide != 0)
 
 
+def by_panel(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """values: [N, blocks, ...]. Returns [panels, blocks, 32 outputs, ...], padded with zeros."""
+    outputs, per_row, *rest = values.shape
+    count = -(-outputs // PANEL)
+    padded = np.zeros((count * PANEL, per_row, *rest), values.dtype)
+    padded[:outputs] = values
+    return padded.reshape(count, PANEL, per_row, *rest).swapaxes(1, 2)
+
+
+def panels_of(blocks: Blocks, words: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Scales, least values and words [panels, blocks, ...]: [panels, bytes of a panel]."""
+    count, per_row = words.shape[:2]
+    parts = [blocks.scales] if blocks.least is None else [blocks.scales, blocks.least]
+    heads = [np.ascontiguousarray(by_panel(part)).view(np.uint8) for part in parts]
+    codes = np.ascontiguousarray(words).view(np.uint8).reshape(count, per_row, -1)
+    return np.concatenate([*heads, codes], axis=-1).reshape(count, -1)
+
+
 def _panels(blocks: Blocks) -> npt.NDArray[np.generic]:
     """[N / 32, bytes of a panel]."""
-    outputs, inputs = blocks.shape
-    count, per_row = -(-outputs // PANEL), inputs // BLOCK
-
-    def by_panel(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """[panels, blocks, 32 outputs, ...], padded with zeros."""
-        padded = np.zeros((count * PANEL, *values.shape[1:]), values.dtype)
-        padded[:outputs] = values
-        return padded.reshape(count, PANEL, per_row, *values.shape[2:]).swapaxes(1, 2)
-
     in_word = 4 if blocks.least is None else 8
-    codes = by_panel(blocks.codes.reshape(outputs, per_row, BLOCK)).view(np.uint8)
-    words: npt.NDArray[Any] = codes.reshape(count, per_row, 2, 2, 8, BLOCK // (2 * in_word), in_word, 2)
+    codes = by_panel(blocks.codes.reshape(*blocks.scales.shape, BLOCK)).view(np.uint8)
+    words = codes.reshape(*codes.shape[:2], 2, 2, 8, BLOCK // (2 * in_word), in_word, 2)
     words = words.transpose(0, 1, 2, 5, 3, 4, 7, 6)  # the pairs of a word are innermost
-    parts = [_bytes(by_panel(blocks.scales))]
-    if blocks.least is not None:
-        parts.append(_bytes(by_panel(blocks.least)))
-        words = words[..., 0::2] | np.left_shift(words[..., 1::2], 4)
-    parts.append(np.ascontiguousarray(words).reshape(count, per_row, -1))
-    packed = np.concatenate(parts, axis=-1).reshape(count, -1)
-    return packed.view(np.int8) if blocks.least is None else packed
-
-
-def _bytes(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(values).view(np.uint8)
+    if blocks.least is None:
+        return panels_of(blocks, words).view(np.int8)
+    return panels_of(blocks, words[..., 0::2] | np.left_shift(words[..., 1::2], 4))

@@ -33,6 +33,13 @@ inline float largest_of(vi most) {
   return value;
 }
 
+inline int32_t sum_of(vi whole) {
+  int32_t lanes[W], sum = 0;
+  memcpy(lanes, &whole, sizeof lanes);
+  for (int32_t lane : lanes) sum += lane;
+  return sum;
+}
+
 // value * inverse, to the nearest integer.
 inline vi whole_of(vf values, float inverse) {
   return reinterpret_cast<vi>(values * inverse + kRounder) - reinterpret_cast<vi>(splat(kRounder));

@@ -72,22 +72,27 @@ void PhEngine::over_rows(uint32_t rows, F&& f) {
 
 // The rows [n] of `from`, in the type that linears take, for `matrix`: as they are, or where round_row() puts them.
 Inputs PhEngine::inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix) {
-  if (matrix.encoding != kPhIntegers) return {from, pad32(n), ceil_div(n, 2), nullptr};
+  if (!takes_codes(matrix.encoding)) return {from, pad32(n), ceil_div(n, 2), nullptr};
   expanded_of(0);  // what round_row() needs grows here, before threads have it
-  return {codes.get<int8_t>(size_t{rows} * pad64(n)), pad64(n) / 2, ceil_div(n, 4), factors.get<float>(rows)};
+  const size_t of_row = is_integer_blocks(matrix.encoding) ? 2 * ceil_div(n, kBlock) : 1;
+  return {codes.get<int8_t>(size_t{rows} * pad64(n)), pad64(n) / 2, ceil_div(n, 4), factors.get<float>(rows * of_row)};
 }
 
-void PhEngine::round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread) {
+void PhEngine::round_row(const void* from, uint32_t n, uint32_t row, uint32_t encoding, uint32_t width,
+                         uint32_t thread) {
   const uint8_t* values = static_cast<const uint8_t*>(from) + size_t{row} * pad32(n) * isa->input_size;
   int8_t* to = codes.get<int8_t>(0) + size_t{row} * pad64(n);
+  float* scales = factors.get<float>(0);
+  if (is_integer_blocks(encoding))
+    return isa->round_blocks(values, n, pad64(n), to, scales + size_t{row} * 2 * ceil_div(n, kBlock));
   float* memory = reinterpret_cast<float*>(expanded_of(thread));
-  factors.get<float>(0)[row] = isa->round_row(values, n, width, pad64(n), memory, to);
+  scales[row] = isa->round_row(values, n, width, pad64(n), memory, to);
 }
 
 Inputs PhEngine::rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width) {
   const Inputs inputs = inputs_of(from, n, rows, matrix);
   if (inputs.factors != nullptr)
-    over_rows(rows, [&](uint32_t row, uint32_t thread) { round_row(from, n, row, width, thread); });
+    over_rows(rows, [&](uint32_t row, uint32_t thread) { round_row(from, n, row, matrix.encoding, width, thread); });
   return inputs;
 }
 
@@ -99,7 +104,7 @@ Inputs PhEngine::norm_rows(const float* x, const float* weight, uint32_t rows, c
   over_rows(rows, [&](uint32_t row, uint32_t thread) {
     fetch(x + size_t{std::min(row + kRowsAhead, rows - 1)} * stride, stride * sizeof(float));
     isa->norm(x + size_t{row} * stride, weight, model.hidden, stride, model.rms_norm_eps, out + row * bytes);
-    if (inputs.factors != nullptr) round_row(out, model.hidden, row, 1, thread);
+    if (inputs.factors != nullptr) round_row(out, model.hidden, row, matrix.encoding, 1, thread);
   });
   return inputs;
 }

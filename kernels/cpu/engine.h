@@ -68,7 +68,7 @@ struct PhEngine {
     uint32_t panels, together, inputs;
 
     const void* at(uint32_t panel) const {
-      const uint32_t pairs = ceil_div(inputs, matrix.encoding == kPhIntegers ? 4 : 2);
+      const uint32_t pairs = ceil_div(inputs, inputs_in_word(matrix.encoding));
       return static_cast<const uint8_t*>(matrix.panels) + panel * together * panel_size(matrix.encoding, pairs);
     }
   };
@@ -132,7 +132,7 @@ struct PhEngine {
   template <class F>
   void over_rows(uint32_t rows, F&& f);
   Inputs inputs_of(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix);
-  void round_row(const void* from, uint32_t n, uint32_t row, uint32_t width, uint32_t thread);
+  void round_row(const void* from, uint32_t n, uint32_t row, uint32_t encoding, uint32_t width, uint32_t thread);
   Inputs rounded(const void* from, uint32_t n, uint32_t rows, const PhMatrix& matrix, uint32_t width);
   Inputs norm_rows(const float* x, const float* weight, uint32_t rows, const PhMatrix& matrix);
   void start_layer(uint32_t index, uint32_t rows, const float* x);

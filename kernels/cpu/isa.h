@@ -10,10 +10,12 @@
 
 // What a linear takes, row-major.
 struct Inputs {
-  const void* at;        // [rows, stride]: float, or bfloat16 where the table says so; with kPhIntegers codes of int8
-  uint32_t stride;       // in elements; of codes in twos
-  uint32_t pairs;        // ceil(K / 2); with kPhIntegers fours, ceil(K / 4)
-  const float* factors;  // [rows], with kPhIntegers alone: what a row's codes are multiplied by
+  const void* at;   // [rows, stride]: float, or bfloat16 where the table says so; codes of int8 for takes_codes()
+  uint32_t stride;  // in elements; of codes in twos
+  uint32_t pairs;   // ceil(K / 2); of codes fours, ceil(K / 4)
+  // What codes are multiplied by: [rows] with kPhIntegers; with blocks of integers [rows][2][blocks], each block's
+  // factor, and then that times the sum of its codes.
+  const float* factors;
 };
 
 struct Linear : Inputs {
@@ -75,6 +77,8 @@ struct IsaTable {
   // A row [n] of that type, rotated as kPhIntegers says, into codes [padded]. width: 1 for rows that are not rotated.
   // scratch: floats, [padded]. Returns the row's factor.
   float (*round_row)(const void* row, uint32_t n, uint32_t width, uint32_t padded, float* scratch, int8_t* codes);
+  // A row for blocks of integers: codes [padded], factors [2][blocks].
+  void (*round_blocks)(const void* row, uint32_t n, uint32_t padded, int8_t* codes, float* factors);
   // Query/key norm and rotary of the queries' rows in place, for the kv heads and their queries, then K and V into the
   // pages. The queries are neighbours in one chunk.
   void (*append)(const Attention* job);
@@ -111,14 +115,25 @@ constexpr uint32_t kPanelHead = 8 * kPanel;  // bytes before the codes of a pane
 // Vectors of kRotated values that are rotated together, at most.
 constexpr uint32_t kRotated = 16, kMostRotated = 32;
 
-// Bytes of a block of a quantized panel, and of one panel.
+// What is multiplied by codes of inputs, four in a word, instead of pairs of bfloat16.
+static constexpr bool is_integer_blocks(uint32_t encoding) { return encoding >= kPhIntegerBlocks8; }
+static constexpr bool takes_codes(uint32_t encoding) { return encoding == kPhIntegers || is_integer_blocks(encoding); }
+static constexpr uint32_t inputs_in_word(uint32_t encoding) { return takes_codes(encoding) ? 4 : 2; }
+
+// Blocks with codes of 4 bits and least values; others have 8 bits.
+static constexpr bool has_least(uint32_t encoding) { return encoding == kPhInt4 || encoding == kPhIntegerBlocks4; }
+
+// Bytes of a block of a quantized panel, and of one panel. pairs: as Inputs has them.
 static constexpr size_t packed_block_size(uint32_t encoding) {
-  return kPanel * (encoding == kPhInt4 ? 4 + kBlock / 2 : 2 + kBlock);
+  return kPanel * (has_least(encoding) ? 4 + kBlock / 2 : 2 + kBlock);
+}
+static constexpr uint32_t blocks_of(uint32_t encoding, uint32_t pairs) {
+  return (pairs * inputs_in_word(encoding) + kBlock - 1) / kBlock;
 }
 static constexpr size_t panel_size(uint32_t encoding, uint32_t pairs) {
-  const size_t ready = size_t{pairs} * 4 * kPanel, blocks = (size_t{pairs} * 2 + kBlock - 1) / kBlock;
+  const size_t ready = size_t{pairs} * 4 * kPanel;
   if (encoding == kPhIntegers) return kPanelHead + ready;
-  return encoding == kPhBfloat16 ? ready : blocks * packed_block_size(encoding);
+  return encoding == kPhBfloat16 ? ready : blocks_of(encoding, pairs) * packed_block_size(encoding);
 }
 // Two panels, gate and up, as bfloat16, in whole blocks.
 static constexpr size_t expanded_size(uint32_t pairs) { return 2 * (size_t{pairs} + kBlock / 2) * 2 * kPanel; }

@@ -1,4 +1,4 @@
-// Linear layers over packed weights: bfloat16, or codes (integers.inl).
+// Linear layers over packed weights: bfloat16, or codes (integers.inl, integer_blocks.inl).
 //
 // An output adds its products one after the other in K order, in a single accumulator, whatever the
 // number of rows: how rows and outputs are grouped below changes what is loaded, never what is added.
@@ -9,8 +9,6 @@
 // (`python -m tests.kernels.bench LIBRARY-OF-BEFORE`).
 
 namespace {
-
-constexpr uint32_t kPanelVectors = kPanel / W;
 
 // Rows of one register tile. 16 registers hold 12 accumulators, 2 vectors of weights and one input; AVX-512 has 32.
 constexpr int kTileRows = W == 16 ? 12 : 6;
@@ -98,6 +96,30 @@ __attribute__((noinline)) void tile(const typename Input::type* x, uint32_t stri
     for (int v = 0; v < V; ++v) sums[r * kPanelVectors + v] = acc[r][v];
 }
 
+// How R rows from `row` on and V vectors of outputs from `n` on have their sums, by the i-th of the panels that belong
+// to p.
+template <class Input>
+struct Tile {
+  static constexpr int kRows = kTileRows;
+  static constexpr int vectors(int rows) { return tile_vectors(rows); }
+  template <int R, int V>
+  static inline void sum(const Linear* job, uint32_t row, Panels& panels, uint32_t p, uint32_t i, uint32_t n,
+                         typename Input::Sum* sums) {
+    const auto* x = static_cast<const typename Input::type*>(job->at) + size_t{row} * job->stride;
+    tile<Input, R, V>(x, job->stride, job->pairs, panels.at(p, i) + 2 * n, sums);
+  }
+};
+template <uint32_t encoding>
+struct Tile<BlockInput<encoding>> {
+  static constexpr int kRows = 6;  // sums of codes and of floats are in registers
+  static constexpr int vectors(int) { return W == 16 ? 2 : 1; }
+  template <int R, int V>
+  static inline void sum(const Linear* job, uint32_t row, Panels& panels, uint32_t p, uint32_t i, uint32_t n,
+                         vf* sums) {
+    block_tile<encoding, R, V>(job, row, panels.packed(p, i), n, sums);
+  }
+};
+
 #ifdef BFLOAT16_DOT
 constexpr uint32_t kFewRows = 8;  // by which weights are multiplied as soon as they are expanded
 
@@ -152,18 +174,18 @@ inline void over_tiles(const Linear* job, Panels& panels, uint32_t first, uint32
   if constexpr (std::is_same_v<Input, Bf16Input>)
     if (!panels.ready() && job->rows <= kFewRows) return over_blocks<Together>(job, panels, first, last, f);
 #endif
-  const uint32_t fit = kInputBytes / (job->stride * sizeof(T)) / kTileRows * kTileRows;
-  const uint32_t most = fit > kTileRows ? fit : kTileRows;
+  constexpr uint32_t kRows = Tile<Input>::kRows;
+  const uint32_t fit = kInputBytes / (job->stride * sizeof(T)) / kRows * kRows;
+  const uint32_t most = fit > kRows ? fit : kRows;
   for (uint32_t start = 0; start < job->rows; start += most) {
     const uint32_t rows = job->rows - start < most ? job->rows - start : most;
     for (uint32_t p = first; p < last; ++p)
-      in_blocks<kTileRows>(rows, [&](uint32_t row, auto count) {
-        constexpr int R = decltype(count)::value, V = tile_vectors(R);
-        const T* x = static_cast<const T*>(job->at) + size_t{start + row} * job->stride;
+      in_blocks<kRows>(rows, [&](uint32_t row, auto count) {
+        constexpr int R = decltype(count)::value, V = Tile<Input>::vectors(R);
         typename Input::Sum sums[Together][R][kPanelVectors];
         for (uint32_t part = 0; part < kPanelVectors; part += V)
           for (uint32_t i = 0; i < Together; ++i)
-            tile<Input, R, V>(x, job->stride, job->pairs, panels.at(p, i) + 2 * W * part, &sums[i][0][part]);
+            Tile<Input>::template sum<R, V>(job, start + row, panels, p, i, part * W, &sums[i][0][part]);
         for (int r = 0; r < R; ++r) f(start + row + r, p, [&](uint32_t i, uint32_t v) { return sums[i][r][v]; });
       });
   }
@@ -204,18 +226,37 @@ void gate_up_panels(const Linear* job, uint32_t first, uint32_t last, uint16_t* 
   });
 }
 
-// By what the weights are.
+template <class Input>
+struct As {
+  typedef Input type;
+};
+
+// f(As<what the weights are multiplied by>).
+template <class Input, class F>
+inline void with_input(uint32_t encoding, F&& f) {
+  switch (encoding) {
+    case kPhIntegers:
+      return f(As<IntegerInput>{});
+    case kPhIntegerBlocks4:
+      return f(As<BlockInput<kPhIntegerBlocks4>>{});
+    case kPhIntegerBlocks8:
+      return f(As<BlockInput<kPhIntegerBlocks8>>{});
+    default:
+      f(As<Input>{});
+  }
+}
+
 template <class Input, Then then>
 void linear(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  if (job->weights.encoding == kPhIntegers) return linear_panels<IntegerInput, then>(job, first, last, expanded);
-  linear_panels<Input, then>(job, first, last, expanded);
+  with_input<Input>(job->weights.encoding,
+                    [&](auto as) { linear_panels<typename decltype(as)::type, then>(job, first, last, expanded); });
 }
 
 template <class Input>
 void linear_gate_up(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
-  typedef typename Input::type T;
-  if (job->weights.encoding == kPhIntegers) return gate_up_panels<IntegerInput, T>(job, first, last, expanded);
-  gate_up_panels<Input, T>(job, first, last, expanded);
+  with_input<Input>(job->weights.encoding, [&](auto as) {
+    gate_up_panels<typename decltype(as)::type, typename Input::type>(job, first, last, expanded);
+  });
 }
 
 inline float inverse_rms(const float* x, uint32_t n, float eps) {

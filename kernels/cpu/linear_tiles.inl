@@ -281,6 +281,7 @@ inline void store_outputs(const Linear* job, const uint8_t* panel, uint32_t row,
 
 template <Then then>
 void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+  if (is_integer_blocks(job->weights.encoding)) return linear<Bf16Input, then>(job, first, last, expanded);
   const Panels panels(job, 1, expanded);
   over_rows(job, panels, [&](uint32_t, Block& block) {
     for (uint32_t p = first; p < last; ++p)
@@ -302,6 +303,7 @@ void linear_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* ex
 }
 
 void gate_up_tiles(const Linear* job, uint32_t first, uint32_t last, uint16_t* expanded) {
+  if (is_integer_blocks(job->weights.encoding)) return linear_gate_up<Bf16Input>(job, first, last, expanded);
   const Panels panels(job, 2, expanded);
   alignas(64) float gates[kMostRows * kPanel];
   over_rows(job, panels, [&](uint32_t start, Block& block) {

@@ -22,7 +22,7 @@ float round_to_bfloat16(float x) {
   return x;
 }
 
-// The code of output n and input k within a block: see packing.py.
+// The code of output n and input k within a block.
 uint32_t code4(const uint8_t* codes, uint32_t n, uint32_t k) {
   uint32_t word;
   memcpy(&word, codes + (((n / 16 * 2 + k / 16) * 2 + n / 8 % 2) * 16 + n % 8 * 2 + k % 2) * 4, 4);
@@ -31,6 +31,20 @@ uint32_t code4(const uint8_t* codes, uint32_t n, uint32_t k) {
 
 int32_t code8(const uint8_t* codes, uint32_t n, uint32_t k) {
   return static_cast<int8_t>(codes[(((n / 16 * 4 + k / 8) * 2 + n / 8 % 2) * 16 + n % 8 * 2 + k % 2) * 4 + k % 8 / 2]);
+}
+
+int32_t code_at(uint32_t encoding, const uint8_t* block, uint32_t n, uint32_t k) {
+  const uint8_t* codes = block + (has_least(encoding) ? 4 : 2) * kPanel;
+  switch (encoding) {  // the orders of blocks.py and integer_blocks.py
+    case kPhInt4:
+      return static_cast<int32_t>(code4(codes, n, k));
+    case kPhInt8:
+      return code8(codes, n, k);
+    case kPhIntegerBlocks4:
+      return codes[(k / 8 * kPanel + n) * 4 + k % 4] >> k % 8 / 4 * 4 & 15;
+    default:
+      return codes[(k / 4 * kPanel + n) * 4 + k % 4] - 128;
+  }
 }
 
 }  // namespace
@@ -43,7 +57,7 @@ float bfloat16_to_float(uint16_t half) {
 }
 
 void read_row(const PhMatrix& matrix, uint32_t columns, uint32_t row, float* out) {
-  const uint32_t together = matrix.encoding == kPhIntegers ? 4 : 2;
+  const uint32_t together = inputs_in_word(matrix.encoding);
   const uint32_t pairs = (columns + together - 1) / together, n = row % kPanel;
   const uint8_t* panel = static_cast<const uint8_t*>(matrix.panels) + row / kPanel * panel_size(matrix.encoding, pairs);
   if (matrix.encoding == kPhBfloat16) {
@@ -59,15 +73,11 @@ void read_row(const PhMatrix& matrix, uint32_t columns, uint32_t row, float* out
       out[k] = round_to_bfloat16(scale * static_cast<float>(codes[k / 4 * 4 * kPanel + 4 * n + k % 4]));
     return;
   }
-  const size_t block_size = panel_size(matrix.encoding, kBlock / 2);
   for (uint32_t k = 0; k < columns; ++k) {
-    const uint8_t* block = panel + k / kBlock * block_size;
+    const uint8_t* block = panel + k / kBlock * packed_block_size(matrix.encoding);
     const uint16_t* factors = reinterpret_cast<const uint16_t*>(block);
     const float scale = half_to_float(factors[n]);
-    const float value =
-        matrix.encoding == kPhInt4
-            ? static_cast<float>(code4(block + 4 * kPanel, n, k % kBlock)) * scale + half_to_float(factors[kPanel + n])
-            : static_cast<float>(code8(block + 2 * kPanel, n, k % kBlock)) * scale;
-    out[k] = round_to_bfloat16(value);
+    const float least = has_least(matrix.encoding) ? half_to_float(factors[kPanel + n]) : 0.0f;
+    out[k] = round_to_bfloat16(static_cast<float>(code_at(matrix.encoding, block, n, k % kBlock)) * scale + least);
   }
 }

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-ABI_VERSION: Final = 8
+ABI_VERSION: Final = 9
 
 
 class NativeError(Exception):
@@ -20,8 +20,11 @@ class NativeError(Exception):
 
 
 _KV_TYPES: Final = {"float32": 0, "bfloat16": 1, "int8": 2}
-# By the element type in which a packed matrix is viewed: bfloat16 panels, blocks of int8 or int4, integers.
-_ENCODINGS: Final = {np.dtype(np.uint16): 0, np.dtype(np.int8): 1, np.dtype(np.uint8): 2, np.dtype(np.uint32): 3}
+# By the element type in which a packed matrix is viewed: bfloat16 panels, blocks of int8 or int4, integers, blocks of
+# integers of 8 or 4 bits.
+_ENCODINGS: Final = {
+    np.dtype(kind): code for code, kind in enumerate((np.uint16, np.int8, np.uint8, np.uint32, np.int32, np.int64))
+}
 
 
 class _Matrix(Structure):
@@ -222,8 +225,8 @@ class NativeModel:
         compact: Tensors | None = None,
     ) -> None:
         """tensors: by the names of a packed model, in place: bfloat16 panels as uint16, int8 blocks as int8, int4
-        blocks as uint8, integers as uint32. kv_dtype: of the pages, float32, bfloat16 or int8. compact: the same values
-        in fewer bytes, for steps of few rows. Raises NativeError.
+        blocks as uint8, integers as uint32, blocks of integers as int32 or int64. kv_dtype: of the pages, float32,
+        bfloat16 or int8. compact: the same values in fewer bytes, for steps of few rows. Raises NativeError.
         """
         self._library = library(library_path)
         angles = np.arange(shape.max_positions, dtype=np.float32)[:, None] * inverse_frequencies

@@ -7,6 +7,25 @@
 
 namespace {
 
+#if W == 16 && defined(__AVX512F__)
+// W of them as floats.
+inline vf load_halves(const uint16_t* halves) {
+  __m256i bits;
+  memcpy(&bits, halves, sizeof bits);
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, bits);
+}
+#else
+// A float16 in the low half of each lane; neither infinity nor NaN. The exponent's bias is mended by a product, which
+// is right for subnormals too.
+inline vf half_to_float(vu bits) {
+  const vf magnitude = reinterpret_cast<vf>((bits & 0x7fffu) << 13) * 0x1p112f;
+  return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
+}
+inline vf load_halves(const uint16_t* halves) {
+  return half_to_float(__builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(halves), vu));
+}
+#endif
+
 // Each output's factor beside each of its pair's two inputs: float16 [32] into float [64].
 #if W == 16 && defined(__AVX512F__) && !defined(__clang__)
 typedef uint16_t halves32 __attribute__((vector_size(64)));
@@ -28,13 +47,6 @@ inline void spread(const uint16_t* halves, float* to) {
   spread_16<16>(all, to, Lanes{});
 }
 #else
-// A float16 in the low half of each lane; neither infinity nor NaN. The exponent's bias is mended by a product, which
-// is right for subnormals too.
-inline vf half_to_float(vu bits) {
-  const vf magnitude = reinterpret_cast<vf>((bits & 0x7fffu) << 13) * 0x1p112f;
-  return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
-}
-
 // Lane i has lane First + i / 2 of v.
 template <int First, int... I>
 inline vf twice(vf v, std::integer_sequence<int, I...>) {
@@ -44,8 +56,7 @@ inline vf twice(vf v, std::integer_sequence<int, I...>) {
 inline void spread(const uint16_t* halves, float* to) {
   typedef std::make_integer_sequence<int, W> Lanes;
   for (uint32_t n = 0; n < kPanel; n += W) {
-    const vh packed = *reinterpret_cast<const vh_unaligned*>(halves + n);
-    const vf factors = half_to_float(__builtin_convertvector(packed, vu));
+    const vf factors = load_halves(halves + n);
     store(to + 2 * n, twice<0>(factors, Lanes{}));
     store(to + 2 * n + W, twice<W / 2>(factors, Lanes{}));
   }
@@ -78,6 +89,7 @@ inline vf code8(vu codes, uint32_t t) {
 
 inline vu load_codes(const uint8_t* from) { return *reinterpret_cast<const vu_unaligned*>(from); }
 
+constexpr uint32_t kPanelVectors = kPanel / W;
 constexpr uint32_t kBlockValues = kBlock * kPanel;
 constexpr uint32_t kFetchBlocks = 4;  // how many blocks ahead of the one that is expanded
 
@@ -134,7 +146,7 @@ class Panels {
       : job_(job), together_(together), expanded_(expanded), blocks_((2 * job->pairs + kBlock - 1) / kBlock) {}
 
   // Nothing is expanded: what lies in memory is multiplied.
-  bool ready() const { return job_->weights.encoding == kPhBfloat16 || job_->weights.encoding == kPhIntegers; }
+  bool ready() const { return job_->weights.encoding == kPhBfloat16 || takes_codes(job_->weights.encoding); }
 
   // As they lie in memory: the i-th of the panels that belong to p.
   const uint8_t* packed(uint32_t p, uint32_t i) const {

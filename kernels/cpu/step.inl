@@ -17,6 +17,8 @@
 #include "coarse.inl"
 #endif
 //
+#include "integer_blocks.inl"
+//
 #include "linear.inl"
 //
 #ifdef TILES
@@ -86,6 +88,7 @@ constexpr IsaTable make_table(const char* name) {
           linear_gate_up<Input>,
           norm<Input>,
           round_row<typename Input::type>,
+          round_blocks<typename Input::type>,
           append,
           attend<Input>,
           rest,

@@ -50,7 +50,10 @@ VARIANTS = (
     Variant("auto, int8 pages", Weights.FILE, False, "bfloat16", "int8"),
     Variant("int8", Weights.INT8, False, "bfloat16", "bfloat16"),
     Variant("int8, int8 pages", Weights.INT8, False, "bfloat16", "int8"),
-    Variant("int4, rounded", Weights.INT4, True, "bfloat16", "bfloat16"),
+    Variant("int4", Weights.INT4_INTEGERS, False, "bfloat16", "bfloat16"),
+    Variant("int4, int8 pages", Weights.INT4_INTEGERS, False, "bfloat16", "int8"),
+    Variant("int4, rounded", Weights.INT4_INTEGERS, True, "bfloat16", "bfloat16"),
+    Variant("int4 by tiles", Weights.INT4, False, "bfloat16", "bfloat16"),
 )
 
 

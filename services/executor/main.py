@@ -369,9 +369,11 @@ def wanted_weights(settings: ExecutorSettings) -> tuple[Weights, ...]:
         if settings.weights not in ("auto", "bfloat16"):
             raise ConfigurationError(f"--weights {settings.weights} is for CPUs; leave it out, or set --device cpu")
         return (Weights.BFLOAT16,)
+    isa = (settings.cpu_isa or available_isas()[-1]) if settings.dtype == "bfloat16" else "any"
+    if settings.weights == "int4":
+        return (Weights.INT4 if isa == "amx" else Weights.INT4_INTEGERS,)  # tiles would wait for each block's scales
     if settings.weights != "auto":
         return (Weights(settings.weights),)
-    isa = (settings.cpu_isa or available_isas()[-1]) if settings.dtype == "bfloat16" else "any"
     if isa == "amx":
         return (Weights.FILE,)
     # Blocks are expanded on the way. Beside tiles that is free; with vdpbf16ps alone it pays while reading bfloat16

@@ -1,9 +1,12 @@
-"""Linears by integers: the codes, the rotation, and what all instruction sets make of them."""
+"""Linears by integers, of whole outputs and in blocks: the codes, the rotation, and what all instruction sets make of
+them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.cpu.blocks import BLOCK, Blocks, round_to_int4, round_to_int8
+from kernels.cpu.integer_blocks import pack_gate_up_integer_blocks, pack_integer_blocks
 from kernels.cpu.integers import (
-    Integers,
     counter_rotate,
     hadamard,
     pack_gate_up_integers,
@@ -29,32 +33,80 @@ ROTATED = replace(GROUPED, hidden=96, intermediate=1536)  # by 32; more inputs t
 SHAPES = {"grouped": GROUPED, "tied": WINDOWED, "rotated": ROTATED}
 
 
-def integers(rng: np.random.Generator, outputs: int, inputs: int) -> Integers:
-    return round_to_integers(rng.normal(0, 1.5 / np.sqrt(inputs), (outputs, inputs)).astype(np.float32))
+def coded(rows: np.ndarray) -> np.ndarray:
+    """Rows as their codes have them."""
+    return round_to_integers(rows).values()
 
 
-def with_integers(shape: ModelShape) -> dict[str, np.ndarray]:
+def coded_in_blocks(rows: np.ndarray) -> np.ndarray:
+    padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % BLOCK)))
+    return coded(padded.reshape(-1, BLOCK)).reshape(padded.shape)[:, : rows.shape[1]]
+
+
+def exact(blocks: Blocks) -> np.ndarray:
+    """The weights as they are multiplied, float32 [N, K]."""
+    codes = blocks.codes.astype(np.float32).reshape(*blocks.scales.shape, BLOCK)
+    least = 0 if blocks.least is None else blocks.least.astype(np.float32)[..., None]
+    return (codes * blocks.scales.astype(np.float32)[..., None] + least).reshape(blocks.shape)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to multiply as integers."""
+
+    round: Callable[[np.ndarray], Any]
+    pack: Callable[[Any], np.ndarray]
+    pack_gate_up: Callable[[Any, Any], np.ndarray]
+    values: Callable[[Any], np.ndarray]
+    inputs: Callable[[np.ndarray], np.ndarray]  # as they are multiplied
+    rotates: bool
+
+    def random(self, rng: np.random.Generator, outputs: int, inputs: int) -> Any:
+        return self.round(rng.normal(0, 1.5 / np.sqrt(inputs), (outputs, inputs)).astype(np.float32))
+
+
+def in_blocks(rounding: Callable[[np.ndarray], Blocks]) -> Kind:
+    return Kind(rounding, pack_integer_blocks, pack_gate_up_integer_blocks, exact, coded_in_blocks, False)
+
+
+KINDS = {
+    "outputs": Kind(round_to_integers, pack_integers, pack_gate_up_integers, lambda m: m.values(), coded, True),
+    "blocks4": in_blocks(round_to_int4),
+    "blocks8": in_blocks(round_to_int8),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def with_integers(shape: ModelShape, kind: Kind) -> dict[str, np.ndarray]:
     """A random model whose matrices all are integers."""
     rng, tensors = np.random.default_rng(6), random_tensors(shape)
     kv, heads = shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
-    tensors["output_head"] = pack_integers(integers(rng, shape.vocab, shape.hidden))
+
+    def matrix(outputs: int, inputs: int) -> np.ndarray:
+        return kind.pack(kind.random(rng, outputs, inputs))
+
+    tensors["output_head"] = matrix(shape.vocab, shape.hidden)
     for i in range(shape.layers):
-        gate, up = (integers(rng, shape.intermediate, shape.hidden) for _ in range(2))
+        gate, up = (kind.random(rng, shape.intermediate, shape.hidden) for _ in range(2))
         tensors |= {
-            f"layers.{i}.qkv": pack_integers(integers(rng, heads + 2 * kv, shape.hidden)),
-            f"layers.{i}.attention_output": pack_integers(integers(rng, shape.hidden, heads)),
-            f"layers.{i}.gate_up": pack_gate_up_integers(gate, up),
-            f"layers.{i}.down": pack_integers(integers(rng, shape.hidden, shape.intermediate)),
+            f"layers.{i}.qkv": matrix(heads + 2 * kv, shape.hidden),
+            f"layers.{i}.attention_output": matrix(shape.hidden, heads),
+            f"layers.{i}.gate_up": kind.pack_gate_up(gate, up),
+            f"layers.{i}.down": matrix(shape.hidden, shape.intermediate),
         }
     return tensors
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_depend_on_no_batch(variant: Variant, name: str, dtype: str) -> None:
+def test_logits_depend_on_no_batch(variant: Variant, name: str, dtype: str, kind: Kind) -> None:
     """Chunks of all sizes, other sequences beside them, 1 and 3 threads: bit for bit."""
     shape, found = SHAPES[name], []
-    tensors = with_integers(shape)
+    tensors = with_integers(shape, kind)
     for threads, ends in ((1, [LENGTH]), (3, [1, 2, 5, 38, 90, LENGTH])):
         model = variant.model(shape, tensors, dtype, threads)
         pages = Pages(model, shape, dtype, 50, 16)
@@ -68,48 +120,49 @@ def test_logits_depend_on_no_batch(variant: Variant, name: str, dtype: str) -> N
     np.testing.assert_array_equal(found[0].view(np.uint32), found[1].view(np.uint32))
 
 
-def coded(rows: np.ndarray) -> np.ndarray:
-    """Rows as their codes have them."""
-    return round_to_integers(rows).values()
-
-
 def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def mlp_alone(shape: ModelShape) -> tuple[dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+def mlp_alone(shape: ModelShape, kind: Kind) -> tuple[dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray]]:
     """A model of one layer whose attention adds nothing, and the same in numpy: float32 logits of tokens."""
     rng, shape = np.random.default_rng(8), replace(shape, layers=1)
     tensors = random_tensors(shape)
-    table = rng.normal(size=(shape.vocab, shape.hidden)).astype(ml_dtypes.bfloat16)
-    gate, up = (integers(rng, shape.intermediate, shape.hidden) for _ in range(2))
-    head, down = (integers(rng, n, k) for n, k in ((shape.vocab, shape.hidden), (shape.hidden, shape.intermediate)))
+    gate, up = (kind.random(rng, shape.intermediate, shape.hidden) for _ in range(2))
+    head, down = (kind.random(rng, n, k) for n, k in ((shape.vocab, shape.hidden), (shape.hidden, shape.intermediate)))
     nothing = np.zeros((shape.hidden, shape.heads * shape.head_dim), np.float32)
+    table = rng.normal(size=(shape.vocab, shape.hidden)).astype(ml_dtypes.bfloat16)
+    if shape.tied_embeddings:
+        table = kind.values(head)[:, : shape.hidden].astype(ml_dtypes.bfloat16)
+    else:
+        tensors["embedding"] = table.view(np.uint16)
     tensors |= {
-        "embedding": table.view(np.uint16),
-        "output_head": pack_integers(head),
-        "layers.0.attention_output": pack_integers(round_to_integers(nothing)),
-        "layers.0.gate_up": pack_gate_up_integers(gate, up),
-        "layers.0.down": pack_integers(down),
+        "output_head": kind.pack(head),
+        "layers.0.attention_output": kind.pack(kind.round(nothing)),
+        "layers.0.gate_up": kind.pack_gate_up(gate, up),
+        "layers.0.down": kind.pack(down),
     }
+
+    def product(rows: np.ndarray, matrix: Any) -> np.ndarray:
+        return kind.inputs(rows.astype(np.float32)) @ kind.values(matrix)[:, : rows.shape[1]].T
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + shape.rms_norm_eps) * tensors[name]
 
     def logits(tokens: np.ndarray) -> np.ndarray:
         x = table[tokens].astype(np.float32)
-        inputs = coded(norm(x, "layers.0.mlp_norm"))
-        products = silu(inputs @ gate.values().T) * (inputs @ up.values().T)
-        x = x + coded(rotate(products.astype(np.float32))) @ down.values().T
-        return coded(norm(x, "final_norm").astype(np.float32)) @ head.values().T
+        inputs = norm(x, "layers.0.mlp_norm")
+        products = (silu(product(inputs, gate)) * product(inputs, up)).astype(np.float32)
+        x = x + product(rotate(products) if kind.rotates else products, down)
+        return product(norm(x, "final_norm"), head)
 
     return tensors, logits
 
 
-@pytest.mark.parametrize("name", ["grouped", "rotated"])
-def test_every_instruction_set_computes_the_formula(variant: Variant, name: str) -> None:
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_instruction_set_computes_the_formula(variant: Variant, name: str, kind: Kind) -> None:
     shape = replace(SHAPES[name], layers=1)
-    tensors, expected = mlp_alone(shape)
+    tensors, expected = mlp_alone(shape, kind)
     model = variant.model(shape, tensors, "float32")
     pages = Pages(model, shape, "float32", 50, 16)
     lane = sequence(pages)
@@ -120,19 +173,19 @@ def test_every_instruction_set_computes_the_formula(variant: Variant, name: str)
     assert np.sqrt((error**2).mean()) < 2e-3 * logits.std()
 
 
-@pytest.mark.parametrize("kind", ["zeros", "tiny", "huge"])
-def test_odd_rows(variant: Variant, kind: str) -> None:
+@pytest.mark.parametrize("size", ["zeros", "tiny", "huge"])
+def test_odd_rows(variant: Variant, size: str, kind: Kind) -> None:
     """Rows of zeros stay zeros, and no scale of a row makes anything but numbers."""
     shape = replace(ROTATED, layers=1)
-    tensors = mlp_alone(shape)[0]
-    value = {"zeros": 0.0, "tiny": 1e-38, "huge": 1e18}[kind]
+    tensors = mlp_alone(shape, kind)[0]
+    value = {"zeros": 0.0, "tiny": 1e-38, "huge": 1e18}[size]
     tensors["final_norm"] = np.full(shape.hidden, value, np.float32)
     for dtype in ("float32", "bfloat16"):
         model = variant.model(shape, tensors, dtype)
         pages = Pages(model, shape, dtype, 50, 16)
         logits = model.logits(as_chunks([sequence(pages).chunk(0, 40)]))
         model.close()
-        assert np.isfinite(logits).all() and logits.any() == (kind == "huge")
+        assert np.isfinite(logits).all() and logits.any() == (size == "huge")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -93,3 +93,20 @@ def test_the_files_own_blocks_change_no_bit(smollm2: PackedModel, prompts: list[
         runner.close()
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_four_bits_by_integers_err_by_the_inputs_codes_alone(
+    smollm2: PackedModel, prompts: list[list[int]], dtype: str
+) -> None:
+    """`--weights int4`: the file's own blocks again, by inputs of 8 bits."""
+    found = []
+    for model in (smollm2, open_model(None, weights=Weights.INT4_INTEGERS)):
+        runner = CpuRunner(model, dtype, dtype, threads=2)
+        pool = TestPool(model.spec, runner, dtype, 64)
+        logits = [runner.logits(chunks_of(pool.lane(p, len(p) + 1), len(p), None)) for p in prompts[:4]]
+        found.append(np.concatenate(logits))
+        runner.close()
+    error = (found[1] - found[0]).std() / found[0].std()
+    print(f"logit error {error:.4f} of their deviation")
+    assert 0.001 < error < 0.06

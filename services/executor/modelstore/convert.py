@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.cpu.blocks import Blocks, joined, pack_blocks, pack_gate_up_blocks, round_to_int4, round_to_int8
+from kernels.cpu.integer_blocks import pack_gate_up_integer_blocks, pack_integer_blocks
 from kernels.cpu.integers import pack_gate_up_integers, pack_integers, round_to_integers
 from kernels.cpu.packing import pack_gate_up, pack_linear
 from services.executor.modelstore.checkpoint import BF16, Checkpoint, Part
@@ -136,7 +137,8 @@ class _Matrices:
         shape = (sum(count for _, count in rows), columns)
         whole = joined([self._blocks(part, layer, count, columns) for part, count in rows])
         if whole is not None:
-            return _Item(name, TensorKind.PACKED, shape, pack_blocks(whole), _encoding(whole))
+            pack = pack_integer_blocks if self._weights is Weights.INT4_INTEGERS else pack_blocks
+            return _Item(name, TensorKind.PACKED, shape, pack(whole), self._encoding(whole))
         values = np.concatenate([self.read(part, layer, count, columns) for part, count in rows])
         if self._weights is Weights.INT8:
             return _Item(name, TensorKind.PACKED, shape, pack_integers(round_to_integers(values)), Encoding.INTEGERS)
@@ -144,9 +146,9 @@ class _Matrices:
 
     def gate_up(self, name: str, layer: int, middle: int, hidden: int) -> _Item:
         gate, up = (self._blocks(part, layer, middle, hidden) for part in (Part.GATE, Part.UP))
-        if gate is not None and up is not None and _encoding(gate) is _encoding(up):
-            packed = pack_gate_up_blocks(gate, up)
-            return _Item(name, TensorKind.GATE_UP, (2 * middle, hidden), packed, _encoding(gate))
+        if gate is not None and up is not None and self._encoding(gate) is self._encoding(up):
+            pack = pack_gate_up_integer_blocks if self._weights is Weights.INT4_INTEGERS else pack_gate_up_blocks
+            return _Item(name, TensorKind.GATE_UP, (2 * middle, hidden), pack(gate, up), self._encoding(gate))
         shape = (2 * middle, hidden)
         values = (self.read(part, layer, middle, hidden) for part in (Part.GATE, Part.UP))
         if self._weights is Weights.INT8:
@@ -158,7 +160,7 @@ class _Matrices:
         if self._weights in (Weights.BFLOAT16, Weights.INT8):
             return None
         found = self._checkpoint.blocks(part, layer)
-        four_bits = self._weights is Weights.INT4 and layer is not None
+        four_bits = self._weights is not Weights.FILE and layer is not None
         if found is not None and found.shape == (rows, columns) and not (four_bits and found.least is None):
             return found
         if self._weights is Weights.FILE:
@@ -166,9 +168,10 @@ class _Matrices:
         values = self.read(part, layer, rows, columns)
         return round_to_int4(values) if four_bits else round_to_int8(values)
 
-
-def _encoding(blocks: Blocks) -> Encoding:
-    return Encoding.INT8 if blocks.least is None else Encoding.INT4
+    def _encoding(self, blocks: Blocks) -> Encoding:
+        if self._weights is Weights.INT4_INTEGERS:
+            return Encoding.INTEGER_BLOCKS8 if blocks.least is None else Encoding.INTEGER_BLOCKS4
+        return Encoding.INT8 if blocks.least is None else Encoding.INT4
 
 
 def _float32(name: str, values: BF16) -> _Item:

@@ -44,6 +44,8 @@ class Encoding(StrEnum):
     INT8 = "int8"  # `kernels.cpu.blocks`
     INT4 = "int4"
     INTEGERS = "integers"  # `kernels.cpu.integers`
+    INTEGER_BLOCKS8 = "integer_blocks8"  # `kernels.cpu.integer_blocks`
+    INTEGER_BLOCKS4 = "integer_blocks4"
 
 
 class Weights(StrEnum):
@@ -53,6 +55,7 @@ class Weights(StrEnum):
     FILE = "file"  # the file's own blocks of 4 or 8 bits, which mean the same values; else bfloat16
     INT8 = "int8"  # rotated and rounded to 8 bits, and multiplied as such
     INT4 = "int4"  # 4 bits: the file's own blocks, else rounded; 8 for the output head
+    INT4_INTEGERS = "int4-integers"  # the same blocks, multiplied as integers
 
 
 _ELEMENTS: Final = {
@@ -60,6 +63,8 @@ _ELEMENTS: Final = {
     Encoding.INT8: np.int8,
     Encoding.INT4: np.uint8,
     Encoding.INTEGERS: np.uint32,
+    Encoding.INTEGER_BLOCKS8: np.int32,
+    Encoding.INTEGER_BLOCKS4: np.int64,
 }
 
 
@@ -112,7 +117,7 @@ class PackedModel:
 
     def view(self, name: str) -> npt.NDArray[np.generic]:
         """One tensor in place: float32, or uint16 for bfloat16; flat when in panels, and then int8 or uint8 for
-        blocks of 8 or 4 bits, uint32 for integers.
+        blocks of 8 or 4 bits, uint32 for integers, int32 or int64 for blocks of integers of 8 or 4 bits.
         """
         tensor = self.tensors[name]
         raw = self.weights[tensor.offset : tensor.offset + tensor.nbytes]

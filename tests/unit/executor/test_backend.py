@@ -172,6 +172,16 @@ def test_blocks_for_few_tokens_are_opened_where_the_file_has_them(
     assert model.compact is not None and model.compact.weights.nbytes < 0.4 * model.weights.nbytes
 
 
+def test_four_bits_are_multiplied_as_integers_where_tiles_would_not_wait_for_them() -> None:
+    for isa, dtype, weights in (
+        ("portable", "bfloat16", "int4-integers"),
+        ("avx512bf16", "bfloat16", "int4-integers"),
+        ("amx", "bfloat16", "int4"),
+        ("amx", "float32", "int4-integers"),
+    ):
+        assert wanted_weights(ExecutorSettings(device="cpu", cpu_isa=isa, dtype=dtype, weights="int4")) == (weights,)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("flags", [{"device": "cuda"}, {"device": "cpu", "runner": "reference"}])
 def test_blocks_are_refused_where_nothing_expands_them(flags: dict[str, str]) -> None:
     assert wanted_weights(ExecutorSettings(**flags)) == ("bfloat16",)  # type: ignore[arg-type]

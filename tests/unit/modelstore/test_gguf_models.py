@@ -69,6 +69,10 @@ def same_values(checkpoint: GgufCheckpoint, part: Part, layer: int | None) -> No
     )
 
 
+def in_integers(encoding: Encoding) -> Encoding:
+    return Encoding.INTEGER_BLOCKS8 if encoding is Encoding.INT8 else Encoding.INTEGER_BLOCKS4
+
+
 def test_the_models_matrices_are_in_the_encoding_that_was_asked_for(quantized: Path, tmp_path: Path) -> None:
     own = Encoding.INT8 if "Q8_0" in quantized.name else Encoding.INT4
     for weights, layers, head in (
@@ -76,6 +80,7 @@ def test_the_models_matrices_are_in_the_encoding_that_was_asked_for(quantized: P
         (Weights.FILE, own, own),
         (Weights.INT8, Encoding.INTEGERS, Encoding.INTEGERS),
         (Weights.INT4, Encoding.INT4, own),
+        (Weights.INT4_INTEGERS, Encoding.INTEGER_BLOCKS4, in_integers(own)),
     ):
         model = open_model(str(quantized), tmp_path / "cache", progress=False, weights=weights)
         assert model.tensors["output_head"].encoding is head
@@ -91,6 +96,7 @@ def test_a_model_without_blocks_is_rounded_where_that_is_asked_for(tmp_path: Pat
         (Weights.FILE, Encoding.BFLOAT16),
         (Weights.INT8, Encoding.INTEGERS),
         (Weights.INT4, Encoding.INT4),
+        (Weights.INT4_INTEGERS, Encoding.INTEGER_BLOCKS4),
     ):
         model = open_model(str(tmp_path / "m"), tmp_path / "cache", progress=False, weights=weights)
         assert model.tensors["layers.0.down"].encoding is layers

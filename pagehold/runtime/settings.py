@@ -107,8 +107,8 @@ class ExecutorSettings(DevicePoolSettings):
     weights: Literal["auto", "bfloat16", "file", "int8", "int4"] = Field(
         "auto",
         description="auto: the file's own 4- or 8-bit blocks where they are fast, which changes no token; file: these "
-        "alone, which is least memory; int8, int4: the fastest on a CPU for many and for few sequences, with inputs of "
-        "8 bits too",
+        "alone, which is least memory; int8: the fastest on a CPU for many sequences; int4: without AMX the fastest "
+        "for few; both may change tokens",
     )
     kv_dtype: KvDtype | None = Field(
         None, description="element type of the pages; default: the dtype; fp8_e4m3: CUDA; int8: CPUs"
